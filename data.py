@@ -1,0 +1,583 @@
+# SPDX-License-Identifier: MIT
+"""Data: image-text pairs from tar shards for training, and labelled sets for evaluation. Sec. 4.1 of the paper.
+
+    data/gcc3m/{000..331}.tar      image + caption under one stem (.jpg .jpeg .png .webp, with .txt or .json), as
+                                   img2dataset writes them; globs and {first..last} ranges both work
+    data/VOCdevkit/VOC2012/...     the eight benchmarks in the layout of their downloads (the table BENCHMARKS below)
+    mine/SPEC.json                 any labelled set of your own (see read_spec)
+
+Needs torch, torchvision, numpy and pillow; no tar or web-dataset package.
+"""
+
+import bisect
+import difflib
+import glob
+import io
+import json
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import transforms as T
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file or value and says what to do."""
+
+
+# ---- image-text shards ----------------------------------------------------------------------------------------------
+
+
+def expand_shards(patterns):
+    """Sorted shard paths of globs and {000..347} ranges, each once; DataError for a pattern that matches no file."""
+    found = []
+    for pattern in patterns:
+        match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+        if match:
+            first, last = match.groups()
+            numbers = range(int(first), int(last) + 1)
+            names = [pattern.replace(match[0], f"{n:0{len(first)}d}") for n in numbers]
+            if missing := [name for name in names if not os.path.isfile(name)]:
+                raise DataError(f"--data {pattern}: {missing[0]} is missing ({len(missing)} of {len(names)} shards)")
+        else:
+            names = sorted(glob.glob(pattern))
+        if not names:
+            raise DataError(f"--data {pattern}: no such shard; download CC3M/CC12M with img2dataset or give --data")
+        found += names
+    return list(dict.fromkeys(found))
+
+
+def scan_shard(path):
+    """Where the pairs of one tar shard lie: int64 [pairs, 4] of image offset, image size, text offset, text size.
+
+    Members of one stem make a pair, in any order; half pairs are left out. A text of .json has its size negated.
+    A truncated shard gives the pairs before the cut, with a warning. DataError for a file that is no tar at all.
+    """
+    parts, end = {}, os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, suffix = os.path.splitext(member.name)
+                if not member.isfile() or member.offset_data + member.size > end:
+                    continue
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    parts.setdefault(stem, {})["image"] = (member.offset_data, member.size)
+                elif suffix.lower() == ".txt":
+                    parts.setdefault(stem, {})["text"] = (member.offset_data, member.size)
+                elif suffix.lower() == ".json":  # a .txt of the same stem comes first
+                    parts.setdefault(stem, {}).setdefault("text", (member.offset_data, -member.size))
+    except (tarfile.TarError, OSError) as error:
+        if not parts:
+            raise DataError(f"{path}: not a tar shard that can be read ({error})") from error
+        print(f"warning: {path}: {error}; using the {len(parts)} stems before it", flush=True)
+    rows = [(*p["image"], *p["text"]) for p in parts.values() if "image" in p and "text" in p]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)  # [pairs, 4]
+
+
+def train_transform(image_size, norm, strong):
+    """PIL image -> normalised float [3, image_size, image_size]. norm: (mean, std). strong: the release's extras.
+
+    Paper silent: augmentation. Random resized crop 0.08-1 and flip; the release adds RandAugment (2 ops, magnitude 9)
+    and random erasing (0.25, pixel noise).
+    """
+    steps = [
+        T.RandomResizedCrop(image_size, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(),
+        *([T.RandAugment(2, 9)] if strong else []),
+        T.ToTensor(),
+        T.Normalize(*norm),
+        *([T.RandomErasing(0.25, value="random")] if strong else []),
+    ]
+    return T.Compose(steps)
+
+
+class PairDataset(Dataset):
+    """Image-text pairs of tar shards, addressed by (position in the run, index of the pair).
+
+    All randomness of a sample (augmentation, gumbel noise) is seeded by the run's seed and the position, so it does not
+    depend on ranks, workers or interruptions. An unreadable sample is replaced by the next one, and counted.
+    """
+
+    def __init__(self, shards, transform, tokenizer, noise_size, seed=0):
+        self.shards, self.transform, self.tokenizer = shards, transform, tokenizer
+        self.noise_size, self.seed, self.handles = noise_size, seed, {}
+        scanned = [scan_shard(path) for path in tqdm(shards, desc="scanning shards", disable=len(shards) < 20)]
+        self.ends = np.cumsum([len(rows) for rows in scanned]).tolist()
+        self.rows = torch.from_numpy(np.concatenate(scanned))  # [pairs, 4]; a tensor is shared with spawned workers
+        if not len(self.rows):
+            raise DataError(
+                f"{shards[0]}: no image-text pairs in {len(shards)} shard(s); need a.jpg + a.txt (or .json)"
+            )
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        """key: (position, index). Returns (image [3, h, w], tokens [context], noise [1, H, W], replaced: int)."""
+        position, index = key
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
+        noise = torch.rand(1, *self.noise_size, generator=generator)  # [1, H, W]
+        for replaced in range(min(len(self), 100)):
+            try:
+                image, caption = self.read((index + replaced) % len(self))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                reason = error
+                continue
+            with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
+                torch.manual_seed(self.seed * 1_000_003 + position)
+                return self.transform(image), self.tokenizer([caption])[0], noise, replaced
+        raise DataError(f"{self.locate(index)[0]}: 100 unreadable samples in a row, the last: {reason}")
+
+    def locate(self, index):
+        """(shard path, image offset, image size, text offset, text size) of a pair."""
+        return self.shards[bisect.bisect_right(self.ends, index)], *self.rows[index].tolist()
+
+    def read(self, index):
+        """(RGB PIL image, caption) of a pair; ValueError or OSError when it cannot be used."""
+        path, image_at, image_size, text_at, text_size = self.locate(index)
+        with open(path, "rb") as file:
+            file.seek(image_at)
+            image = Image.open(io.BytesIO(file.read(image_size))).convert("RGB")
+            file.seek(text_at)
+            text = file.read(abs(text_size)).decode("utf-8")
+        if text_size < 0:
+            fields = json.loads(text)
+            text = fields.get("caption") if isinstance(fields, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("no caption")
+        return image, text.strip()
+
+
+class GlobalOrder:
+    """The batches of one rank as lists of (position, index): a batch sampler whose resume is arithmetic.
+
+    Position p of the run (steps x global batch) is entry p mod n of a seeded permutation of epoch p div n. Rank r takes
+    the r-th slice of every global batch, so the global batch is the same for any number of ranks.
+    """
+
+    def __init__(self, n, batch_size, steps, seed=0, start=0, rank=0, ranks=1):
+        self.n, self.batch_size, self.steps, self.seed = n, batch_size, steps, seed
+        self.start, self.rank, self.ranks = start, rank, ranks
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        local, epoch, order = self.batch_size // self.ranks, -1, None
+        for step in range(self.start, self.steps):
+            batch = []
+            for position in range(
+                step * self.batch_size + self.rank * local, step * self.batch_size + (self.rank + 1) * local
+            ):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+                batch.append((position, int(order[position % self.n])))
+            yield batch
+
+
+# ---- labelled sets --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SegmentationSet:
+    """A labelled set. items: (image id, image path, label path, lut); lut is int16 [256], stored value -> class index,
+    IGNORE or INVALID. Class 0 is the background where there is one. full: how many images the whole benchmark has."""
+
+    name: str
+    classes: list
+    background: bool
+    items: list
+    palette: list
+    full: int | None = None
+    partial: tuple = ()
+
+    def __len__(self):
+        return len(self.items)
+
+    def prompts(self):
+        """The class names that become texts: "background" never does (Sec. 4.1)."""
+        return self.classes[1:] if self.background else self.classes
+
+
+def lookup_table(values, ignored, rest=INVALID):
+    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest."""
+    table = np.full(256, rest, dtype=np.int16)
+    table[list(values)] = np.arange(len(values))
+    table[list(ignored)] = IGNORE
+    return table
+
+
+def voc_palette(n):
+    """The PASCAL VOC colour map: n distinct colours, bits of the index spread over the channels."""
+    bits = [[(k >> (3 * j + c) & 1) << (7 - j) for j in range(8)] for k in range(n) for c in range(3)]
+    return [[sum(bits[3 * k + c]) for c in range(3)] for k in range(n)]
+
+
+def read_image(path):
+    """uint8 [h, w, 3] RGB; DataError names a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not an image that can be read ({error})") from error
+
+
+def read_label(path, lut):
+    """Class indices int64 [h, w], IGNORE where not scored. DataError names the file and the value that does not fit."""
+    try:
+        with Image.open(path) as image:
+            mode, stored = image.mode, np.array(image)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a label that can be read ({error})") from error
+    if stored.ndim != 2:
+        raise DataError(f"{path}: stored as {mode} colours; labels must be index PNGs (palette or grey)")
+    stored = stored.astype(np.int64)
+    label = np.where((stored >= 0) & (stored < 256), lut[stored & 255], INVALID).astype(np.int64)  # [h, w]
+    if (label == INVALID).any():
+        value = stored[label == INVALID][0]
+        raise DataError(f"{path}: label value {value} is outside the class list of this set")
+    return label
+
+
+def check_labels(dataset):
+    """Reads every label and every image's header before any long work: sizes must agree, values must fit."""
+    with tqdm(dataset.items, desc=f"checking {dataset.name}", leave=False) as bar:
+        for _, image_path, label_path, lut in bar:
+            label = read_label(label_path, lut)
+            try:
+                with Image.open(image_path) as image:
+                    width, height = image.size
+            except OSError as error:
+                raise DataError(f"{image_path}: not an image that can be read ({error})") from error
+            if label.shape != (height, width):
+                sizes = f"{width}x{height}, its label {label_path} is {label.shape[1]}x{label.shape[0]}"
+                raise DataError(f"{image_path}: the image is {sizes}; they must agree")
+
+
+SPEC_DEFAULTS = {
+    "list": None,
+    "image_suffix": ".jpg",
+    "label_suffix": ".png",
+    "background": False,
+    "ignore": [255],
+    "zero_is_ignored": False,
+    "palette": None,
+}
+
+
+def read_spec(path):
+    """A labelled set of the user's own from a SPEC.json, paths relative to the file. Raises DataError.
+
+    {"name": "mine", "images": "images", "labels": "labels", "list": null, "image_suffix": ".jpg", "label_suffix":
+    ".png", "classes": ["background", "cat", ...], "background": true, "ignore": [255], "zero_is_ignored": false,
+    "palette": null}. list: a file of image ids, one a line; null takes every image of the folder. With background,
+    the first class is "background". zero_is_ignored: 0 is not scored and stored k is class k - 1.
+    """
+    spec = _spec_fields(path)
+    folder, classes = Path(path).parent, spec["classes"]
+    images, labels = folder / spec["images"], folder / spec["labels"]
+    if spec["list"]:
+        ids = read_list(folder / spec["list"])
+    else:
+        ids = sorted(p.name.removesuffix(spec["image_suffix"]) for p in images.glob("*" + spec["image_suffix"]))
+    if not ids:
+        raise DataError(f"{path}: no *{spec['image_suffix']} in {images}")
+    shift = int(spec["zero_is_ignored"])
+    lut = lookup_table(range(shift, len(classes) + shift), [0] * shift + list(spec["ignore"]))
+    items = [(i, str(images / (i + spec["image_suffix"])), str(labels / (i + spec["label_suffix"])), lut) for i in ids]
+    for _, image, label, _ in items:
+        for needed in (image, label):
+            if not os.path.isfile(needed):
+                raise DataError(f"{path}: {needed} is missing")
+    palette = spec["palette"] or voc_palette(len(classes) + 1)[1 - int(spec["background"]) :][: len(classes)]
+    return SegmentationSet(spec["name"], classes, spec["background"], items, palette)
+
+
+def _spec_fields(path):
+    """The checked fields of a SPEC.json with their defaults."""
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+    needed = {"name", "images", "labels", "classes"}
+    if not isinstance(given, dict) or needed - given.keys():
+        raise DataError(f"{path}: needs the fields {', '.join(sorted(needed))}")
+    if unknown := given.keys() - needed - SPEC_DEFAULTS.keys():
+        raise DataError(f"{path}: unknown field {sorted(unknown)[0]!r}")
+    spec = SPEC_DEFAULTS | given
+    classes, palette = spec["classes"], spec["palette"]
+    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or not 0 < len(classes) < 255:
+        raise DataError(f"{path}: classes must be a list of 1 to 254 names")
+    if spec["background"] and (classes[0] != "background" or len(classes) < 2):
+        raise DataError(f'{path}: with "background": true the first class is "background", then at least one more')
+    if palette and (len(palette) < len(classes) or any(len(colour) != 3 for colour in palette)):
+        raise DataError(f"{path}: palette needs one [r, g, b] per class")
+    if not re.fullmatch(r"[\w.-]+", spec["name"]):
+        raise DataError(f"{path}: name {spec['name']!r} becomes a file name; use letters, digits, '.', '_' and '-'")
+    return spec
+
+
+def read_list(path):
+    """Image ids, one a line; DataError when the file is missing or empty."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: the list of image ids is missing")
+    ids = Path(path).read_text().split()
+    if not ids:
+        raise DataError(f"{path}: holds no image ids")
+    return ids
+
+
+# ---- the eight benchmarks: class names exactly as MMSegmentation's defaults, none expanded or rephrased (Sec. 4.1) --
+# One line per fact, to be checked by eye. Names are separated by commas; ADE20K's "bed " has a blank at its end there.
+VOC_CLASSES = (
+    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
+    "sheep,sofa,train,tvmonitor"
+).split(",")
+CONTEXT_CLASSES = (
+    "aeroplane,bag,bed,bedclothes,bench,bicycle,bird,boat,book,bottle,building,bus,cabinet,car,cat,ceiling,chair,"
+    "cloth,computer,cow,cup,curtain,dog,door,fence,floor,flower,food,grass,ground,horse,keyboard,light,motorbike,"
+    "mountain,mouse,person,plate,platform,pottedplant,road,rock,sheep,shelves,sidewalk,sign,sky,snow,sofa,table,"
+    "track,train,tree,truck,tvmonitor,wall,water,window,wood"
+).split(",")
+# The first 80 are COCO-Object's.
+COCO_CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
+    "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
+    "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,"
+    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush,banner,blanket,branch,"
+    "bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,"
+    "counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,"
+    "floor-wood,flower,fog,food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,"
+    "metal,mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,"
+    "railing,railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,"
+    "stone,straw,structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,"
+    "wall-panel,wall-stone,wall-tile,wall-wood,water-other,waterdrops,window-blind,window-other,wood"
+).split(",")
+CITYSCAPES_CLASSES = (
+    "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,"
+    "bus,train,motorcycle,bicycle"
+).split(",")
+ADE_CLASSES = (
+    "wall,building,sky,floor,tree,ceiling,road,bed ,windowpane,grass,cabinet,sidewalk,person,earth,door,table,"
+    "mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,armchair,seat,fence,desk,"
+    "rock,wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,chest of drawers,counter,sand,sink,"
+    "skyscraper,fireplace,refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,"
+    "river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,"
+    "computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,truck,tower,chandelier,awning,streetlight,"
+    "booth,television receiver,airplane,dirt track,apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,"
+    "poster,stage,van,ship,fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,"
+    "waterfall,tent,bag,minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,bicycle,lake,"
+    "dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,"
+    "monitor,bulletin board,shower,radiator,glass,clock,flag"
+).split(",")
+# Stored values of the original maps: the k-th id is class k.
+COCO_IDS = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+def colours(text):
+    """[[r, g, b], ...] of a string of six hexadecimal digits per colour."""
+    return [list(bytes.fromhex(text[i : i + 6])) for i in range(0, len(text), 6)]
+
+
+COCO_PALETTE = colours(
+    "00c04000c04000406080c0c000404000c0e000c0c080c04000c06080c0408020c00000e000004000a0c08000608000c00020c08080e0"
+    "0000c080a0c080800080002080200080008040802000a000000000c080a00020000080804080a080a000008000c08020806080000080"
+    "40002000e080800000c000a00060808080804000a080e080808040c000208060008000c000802040e0000000408080a04060000080c0"
+    "0080a0c0e000008040808020c020800040c000002040a0808040408000a040208080c0c00000a0c0a08080c000800060c02000804080"
+    "40806040a000004000c080e040200000c0804080e0c0a00000c000c08060c0608000408040006040e080804000c000e040608080c080"
+    "4000e0c0e08080c040c00060c060008040c000806000e0004040408080e000600040c0c00080e080e00040c0408080608020804000c0"
+    "00406000a080c000408040e0002080c080c00040e080a080c08000804020802040c0008040c02000a040400000c0c0a0002040408080"
+    "40c0a080a040408000c0c0208060c040008040402000e0c0c00000c040a00060c0c080804040a080e0c0c08040c04020806040c000c0"
+    "00c02040e04040004080c0a04060404080c000c0a0c0e04040804080c020c020c04040c000402040a0c0c040408040a04020c0c0c0c0"
+    "0040a0c0a0c0c0c000804060c02040c0408040c06040a040404000"
+)
+CITYSCAPES_PALETTE = colours(
+    "804080f423e846464666669cbe9999999999faaa1edcdc006b8e2398fb984682b4dc143cff000000008e000046003c640050640000e6770b20"
+)
+# PASCAL Context uses the first 60.
+ADE_PALETTE = colours(
+    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
+    "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
+    "e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000"
+    "99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00"
+    "0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
+    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff"
+    "ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff"
+    "ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff"
+    "b8ff000085ffffd60019c2c266ff005c00ff"
+)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark lies under --data-root and how its stored labels become classes.
+
+    labels: (path, lookup table) pairs; the first path that exists is taken. {id} comes from the list file, or from the
+    images that are there ({id} with its folder, as in Cityscapes' city/name). partial: the classes of Table 3.
+    """
+
+    title: str
+    full: int
+    root: str
+    images: str
+    labels: tuple
+    list: str | None
+    classes: list
+    palette: list
+    background: bool = False
+    partial: tuple = ()
+
+
+def _from_zero(n):
+    return lookup_table(range(n), [255])
+
+
+def _from_one(n):
+    return lookup_table(range(1, n + 1), [0, 255])
+
+
+def _things():
+    """stuffthingmaps -> COCO-Object: the 80 things become 1..80; stuff and 255 are background, 0."""
+    table = np.zeros(256, dtype=np.int16)
+    table[COCO_IDS[:80]] = np.arange(1, 81)
+    return table
+
+
+_VOC = {"root": "VOCdevkit/VOC2012", "images": "JPEGImages/{id}.jpg", "list": "ImageSets/Segmentation/val.txt"}
+_CONTEXT = {"root": "VOCdevkit/VOC2010", "images": "JPEGImages/{id}.jpg"}
+_CONTEXT["list"] = "ImageSets/SegmentationContext/val.txt"
+_COCO = {"root": "coco_stuff164k", "images": "images/val2017/{id}.jpg", "list": None}
+_VOC_LABEL, _CONTEXT_LABEL = "SegmentationClass/{id}.png", "SegmentationClassContext/{id}.png"
+_COCO_LABEL, _CITY_LABEL = "annotations/val2017/{id}", "gtFine/val/{id}_gtFine"
+
+BENCHMARKS = {  # in the order of Table 1
+    "voc": Benchmark(
+        title="PASCAL VOC",
+        full=1449,
+        labels=((_VOC_LABEL, _from_zero(21)),),
+        classes=["background", *VOC_CLASSES],
+        palette=voc_palette(21),
+        background=True,
+        **_VOC,
+    ),
+    "context": Benchmark(
+        title="PASCAL Context",
+        full=5104,
+        labels=((_CONTEXT_LABEL, _from_zero(60)),),
+        classes=["background", *CONTEXT_CLASSES],
+        palette=ADE_PALETTE[:60],
+        background=True,
+        **_CONTEXT,
+    ),
+    "coco_object": Benchmark(
+        title="COCO-Object",
+        full=5000,
+        labels=((_COCO_LABEL + "_instanceTrainIds.png", _from_zero(81)), (_COCO_LABEL + ".png", _things())),
+        classes=["background", *COCO_CLASSES[:80]],
+        palette=[[0, 0, 0], *COCO_PALETTE[:80]],
+        background=True,
+        **_COCO,
+    ),
+    "voc20": Benchmark(
+        title="PASCAL VOC20",
+        full=1449,
+        labels=((_VOC_LABEL, _from_one(20)),),
+        classes=VOC_CLASSES,
+        palette=voc_palette(21)[1:],
+        partial=("pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+        **_VOC,
+    ),
+    "context59": Benchmark(
+        title="PASCAL Context59",
+        full=5104,
+        labels=((_CONTEXT_LABEL, _from_one(59)),),
+        classes=CONTEXT_CLASSES,
+        palette=ADE_PALETTE[1:60],
+        partial=("cow", "motorbike", "sofa", "cat"),
+        **_CONTEXT,
+    ),
+    "coco_stuff": Benchmark(
+        title="COCO-Stuff",
+        full=5000,
+        labels=(
+            (_COCO_LABEL + "_labelTrainIds.png", _from_zero(171)),
+            (_COCO_LABEL + ".png", lookup_table(COCO_IDS, [255], rest=IGNORE)),
+        ),
+        classes=COCO_CLASSES,
+        palette=COCO_PALETTE,
+        partial=("frisbee", "skateboard", "cardboard", "carrot", "scissors", "suitcase", "giraffe", "cow", "road")
+        + ("wall-concrete", "tree", "grass", "river", "clouds", "playingfield"),
+        **_COCO,
+    ),
+    "cityscapes": Benchmark(
+        title="Cityscapes",
+        full=500,
+        root="cityscapes",
+        images="leftImg8bit/val/{id}_leftImg8bit.png",
+        labels=(
+            (_CITY_LABEL + "_labelTrainIds.png", _from_zero(19)),
+            (_CITY_LABEL + "_labelIds.png", lookup_table(CITYSCAPES_IDS, [255], rest=IGNORE)),
+        ),
+        list=None,
+        classes=CITYSCAPES_CLASSES,
+        palette=CITYSCAPES_PALETTE,
+    ),
+    "ade20k": Benchmark(
+        title="ADE20K",
+        full=2000,
+        root="ade/ADEChallengeData2016",
+        images="images/validation/{id}.jpg",
+        labels=(("annotations/validation/{id}.png", _from_one(150)),),
+        list=None,
+        classes=ADE_CLASSES,
+        palette=ADE_PALETTE,
+    ),
+}
+
+
+def read_benchmark(name, data_root):
+    """A benchmark under data_root as a SegmentationSet; DataError names the first missing piece."""
+    bench = BENCHMARKS[name]
+    root = Path(data_root) / bench.root
+    if bench.list:
+        ids = read_list(root / bench.list)
+    else:
+        before, after = bench.images.split("{id}")
+        folder = root / before
+        found = folder.glob("**/*" + after)
+        ids = sorted(p.relative_to(folder).as_posix().removesuffix(after) for p in found)
+        if not ids:
+            raise DataError(f"{name}: no *{after} under {folder}")
+    items = []
+    for i in ids:
+        image = root / bench.images.format(id=i)
+        choices = [(root / path.format(id=i), lut) for path, lut in bench.labels]
+        label, lut = next(((path, lut) for path, lut in choices if path.is_file()), (None, None))
+        if label is None or not image.is_file():
+            raise DataError(f"{name}: {choices[-1][0] if label is None else image} is missing")
+        items.append((i, str(image), str(label), lut))
+    return SegmentationSet(name, bench.classes, bench.background, items, bench.palette, bench.full, bench.partial)
+
+
+def read_set(name_or_spec, data_root):
+    """A SegmentationSet from a benchmark's name or a SPEC.json; DataError for an unknown name, with the close ones."""
+    if name_or_spec in BENCHMARKS:
+        return read_benchmark(name_or_spec, data_root)
+    if name_or_spec.endswith(".json"):
+        return read_spec(name_or_spec)
+    close = difflib.get_close_matches(name_or_spec, BENCHMARKS) or list(BENCHMARKS)
+    raise DataError(f"--datasets {name_or_spec}: unknown; did you mean {', '.join(close)}, or a SPEC.json?")

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: MIT
+"""Evaluates a model under the paper's unified protocol (Sec. 4.1) and writes results.json, results.md and pictures.
+
+    python evaluate.py --all --checkpoint runs/gcl/last.pt            # the eight benchmarks under --data-root data
+    python evaluate.py --all --checkpoint tcl.pth                     # the authors' released checkpoint
+    python evaluate.py --datasets voc mine/SPEC.json --method maskclip
+    torchrun --nproc_per_node=8 evaluate.py --all --checkpoint runs/gcl/last.pt
+
+The protocol: shorter side 448, windows of 448 with stride 224, masks averaged where windows overlap, resized to the
+label, argmax; a constant background channel where a set has background (0.4 with PAMR, 0.5 without); class names
+as they are, never "background" as a prompt; one confusion matrix per set.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import gcl
+import pamr
+import report
+
+LONG_SIDE = 2048  # Sec. 4.1 via GroupViT: the longer side is at most this
+TEMPLATES = {  # Paper silent: prompts; the release's nine
+    "release": (
+        "itap of a {}.",
+        "a bad photo of a {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+        "a photo of many {}.",
+        "a photo of {}s.",
+    ),
+    "simple": ("a photo of a {}.",),
+}
+SWEEP = [round(0.05 * k, 2) for k in range(1, 20)]  # background thresholds of --sweep-threshold
+PROTOCOL = {"short_side": 448, "window": 448, "stride": 224}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="the eight benchmarks of Table 1")
+    which.add_argument("--datasets", nargs="+", metavar="NAME|SPEC.json", help=f"of {', '.join(data.BENCHMARKS)}")
+    add("--data-root", default="data", help="folder of the benchmarks, in the layout of their downloads")
+    add("--available", action="store_true", help="with --all: evaluate the benchmarks that are there, name the others")
+    add("--checkpoint", help="a checkpoint of train.py, or the authors' tcl.pth")
+    add(
+        "--model",
+        help="open_clip name or model-config .json; default: what the checkpoint names, or ViT-B-16-quickgelu",
+    )
+    add("--pretrained", help="open_clip tag or local weights; default: what the checkpoint names, or openai")
+    add("--method", choices=["gcl", "maskclip"], default="gcl", help="gcl; or CLIP alone as MaskCLIP-dagger (Table 1)")
+    add("--pamr", action=argparse.BooleanOptionalAction, default=True, help="refine masks (Sec. 3.4)")
+    add("--bg-threshold", type=float, help="background channel; default 0.4 with PAMR, 0.5 without (paper silent)")
+    add(
+        "--sweep-threshold", action="store_true", help="also mIoU at thresholds 0.05 to 0.95: a diagnostic, no headline"
+    )
+    add("--short-side", type=int, default=448, help="pixels of the shorter side (Sec. 4.1)")
+    add("--window", type=int, default=448, help="side of the sliding window (Sec. 4.1)")
+    add("--stride", type=int, default=224, help="step of the sliding window (Sec. 4.1)")
+    add("--kp-weight", type=float, default=0.3, help="w_kp of the knowledge preservation branch (Appendix A)")
+    add("--templates", default="release", help="release, simple, or a file with one prompt per line, {} for the name")
+    add("--limit", type=int, metavar="N", help="the first N images of each set; the result is marked partial")
+    add(
+        "--predictions",
+        metavar="DIR",
+        help="score label PNGs DIR/<dataset>/<image id>.png of any method; needs no model",
+    )
+    add("--save-predictions", action="store_true", help="write label PNGs to OUT/predictions/<dataset>/<image id>.png")
+    add("--out", default="results", help="folder for results.json, results.md and pictures")
+    add("--device", help="cuda, mps or cpu; default: the best there is")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of CLIP and adapter; masks stay float32")
+    add("--workers", type=int, default=2, help="loader processes")
+    args = p.parse_args(argv)
+    if args.method == "gcl" and not args.checkpoint and not args.predictions:
+        p.error("--method gcl needs --checkpoint FILE (or use --method maskclip, or --predictions DIR)")
+    if args.checkpoint and (args.predictions or args.method != "gcl"):
+        p.error("--checkpoint goes with --method gcl alone")
+    if min(args.short_side, args.window, args.stride, args.limit or 1) < 1 or args.stride > args.window:
+        p.error("--short-side, --window, --stride and --limit must be positive, --stride at most --window")
+    if args.available and not args.all:
+        p.error("--available goes with --all")
+    if args.bg_threshold is None:
+        args.bg_threshold = 0.4 if args.pamr and not args.predictions else 0.5
+    return args
+
+
+# ---- geometry of the protocol ---------------------------------------------------------------------------------------
+
+
+def resized(height, width, short_side, long_side=LONG_SIDE):
+    """(height, width) with the aspect kept: the shorter side at short_side, the longer at most long_side."""
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def windows(height, width, size, stride):
+    """Corners (y1, y2, x1, x2) of windows that cover the image, the last ones flush with the border."""
+
+    def spans(length):
+        count = max(-(-(length - size) // stride), 0) + 1
+        ends = [min(k * stride + size, length) for k in range(count)]
+        return [(max(end - size, 0), end) for end in ends]
+
+    return [(y1, y2, x1, x2) for y1, y2 in spans(height) for x1, x2 in spans(width)]
+
+
+def segment_image(net, image, text, args):
+    """Masks [K, h, w] of one image: sliding windows as one batch, averaged where they overlap.
+
+    image: uint8 [h0, w0, 3]. Returns float32 on the net's device, at the protocol's size of the image.
+    """
+    mean, std = (torch.tensor(v, device=text.device).view(3, 1, 1) for v in norm_of(net, args))
+    x = (torch.from_numpy(image).to(text.device).permute(2, 0, 1) / 255 - mean) / std  # [3, h0, w0]
+    height, width = resized(*image.shape[:2], args.short_side)
+    x = F.interpolate(x[None], size=(height, width), mode="bilinear", align_corners=False)  # [1, 3, h, w]
+    corners = windows(height, width, args.window, args.stride)
+    crops = torch.cat([x[..., y1:y2, x1:x2] for y1, y2, x1, x2 in corners])  # [n, 3, window, window]
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    refine = pamr.pamr if args.pamr else None
+    with torch.autocast(crops.device.type, dtype, enabled=dtype is not None):
+        if args.method == "maskclip":
+            masks = net.segment_maskclip(crops, text, refine)  # [n, K, window, window]
+        else:
+            masks = net.segment(crops, text, refine, args.kp_weight)
+    if len(corners) == 1:
+        return masks[0]
+    total = masks.new_zeros(masks.shape[1], height, width)
+    count = masks.new_zeros(height, width)
+    for mask, (y1, y2, x1, x2) in zip(masks, corners, strict=True):
+        total[:, y1:y2, x1:x2] += mask
+        count[y1:y2, x1:x2] += 1
+    return total / count  # [K, h, w]
+
+
+def norm_of(net, args):
+    """(mean, std) of the images: the checkpoint's recipe, or CLIP's own for CLIP alone."""
+    return gcl.CLIP_NORM if args.method == "maskclip" else net.recipe.norm
+
+
+def best_class(masks, size, chunk=16):
+    """Resizes masks [K, h, w] to size and takes the maximum over classes: (values, indices), each [*size].
+
+    A few classes at a time, so that no [K, *size] map is ever held; on equal values the first class wins, as argmax.
+    """
+    value, index = None, None
+    for k in range(0, len(masks), chunk):
+        part = F.interpolate(masks[None, k : k + chunk], size=size, mode="bilinear", align_corners=False)[0]
+        high, at = part.max(0)  # [*size]
+        if value is None:
+            value, index = high, at
+        else:
+            better = high > value
+            value, index = torch.where(better, high, value), torch.where(better, at + k, index)
+    return value, index
+
+
+def with_background(value, index, threshold):
+    """Labels once a constant channel stands in front: 0 where no class exceeds it, else 1 + class."""
+    return torch.where(value > threshold, index + 1, 0)
+
+
+# ---- metric ---------------------------------------------------------------------------------------------------------
+
+
+def confusion(label, prediction, n):
+    """int64 [n, n]: pixels of class i (rows) predicted as class j (columns), ignored pixels left out."""
+    scored = label != data.IGNORE
+    return torch.bincount(label[scored] * n + prediction[scored], minlength=n * n).view(n, n)
+
+
+def iou_per_class(matrix):
+    """TP / (TP + FP + FN) in percent, float64 [n]; nan for a class in neither labels nor predictions."""
+    matrix = matrix.double()
+    hit = matrix.diag()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+
+def mean_iou(matrix, among=None):
+    """Mean IoU in percent over the classes that occur (of the indices `among`)."""
+    iou = iou_per_class(matrix)
+    return float((iou if among is None else iou[list(among)]).nanmean())
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """(image uint8 [h, w, 3], label int64 [h, w], image id) of a set."""
+
+    def __init__(self, dataset):
+        self.items = dataset.items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, k):
+        image_id, image, label, lut = self.items[k]
+        try:
+            return data.read_image(image), data.read_label(label, lut), image_id
+        except data.DataError as error:  # raised again by the main process, whole and in one line
+            return error
+
+
+def unchanged(item):
+    """Keeps DataLoader from turning arrays into tensors; a function, since workers may be spawned."""
+    return item
+
+
+def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
+    """One set. Returns (result dict for results.json, example images for the picture sheet)."""
+    n, started = len(dataset.classes), time.perf_counter()
+    text = None
+    if not args.predictions:
+        text = net.encode_classes(dataset.prompts(), tokenizer, read_templates(args.templates))  # [K, C]
+    matrices = torch.zeros(1 + len(SWEEP), n, n, dtype=torch.int64)  # the first is the result, the others the sweep's
+    sweep = args.sweep_threshold and dataset.background and not args.predictions
+    mine = range(rank, len(dataset), ranks)  # dealt out without padding: every image counts once
+    loader = DataLoader(Images(dataset), None, sampler=mine, num_workers=args.workers, collate_fn=unchanged)
+    shown, pictures = set(np.linspace(0, len(dataset) - 1, report.ROWS).astype(int).tolist()), []
+    with tqdm(total=len(mine), desc=dataset.name, disable=rank > 0) as bar:
+        for k, item in zip(mine, loader, strict=True):
+            if isinstance(item, data.DataError):
+                raise item
+            image, label, image_id = item
+            if args.predictions:
+                prediction = read_prediction(args, dataset, image_id, label.shape)
+            else:
+                value, index = best_class(segment_image(net, image, text, args), label.shape)
+                prediction = with_background(value, index, args.bg_threshold) if dataset.background else index
+            label = torch.from_numpy(label).to(prediction.device)
+            matrices[0] += confusion(label, prediction, n).cpu()
+            for row, threshold in enumerate(SWEEP if sweep else [], start=1):
+                matrices[row] += confusion(label, with_background(value, index, threshold), n).cpu()
+            prediction = prediction.cpu().numpy().astype(np.uint8)
+            if args.save_predictions:
+                save_prediction(args, dataset, image_id, prediction)
+            if k in shown:
+                pictures.append((image, label.cpu().numpy(), prediction))
+            bar.update()
+    if ranks > 1:
+        matrices = matrices.to(device)
+        dist.all_reduce(matrices)
+    return summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started), pictures
+
+
+def summary(dataset, matrices, sweep, seconds):
+    """The entry of results.json: percent, None where a class does not occur."""
+    iou = iou_per_class(matrices[0])
+    per_class = {name: None if v != v else round(v, 4) for name, v in zip(dataset.classes, iou.tolist(), strict=True)}
+    partial = [dataset.classes.index(name) for name in dataset.partial]
+    result = {
+        "miou": round(mean_iou(matrices[0]), 4),
+        "images": len(dataset),
+        "full": dataset.full,
+        "iou": per_class,
+        "partial_miou": round(mean_iou(matrices[0], partial), 4) if partial else None,
+        "seconds": round(seconds, 1),
+    }
+    if sweep:
+        result["sweep"] = {f"{t:.2f}": round(mean_iou(m), 4) for t, m in zip(SWEEP, matrices[1:], strict=True)}
+    return result
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_templates(name):
+    """Prompt templates of --templates; DataError for a file without any."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not os.path.isfile(name):
+        raise data.DataError(f"--templates {name}: not release, not simple, and no such file")
+    lines = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    if not lines or not all(line.count("{}") == 1 for line in lines):
+        raise data.DataError(f"--templates {name}: needs one prompt per line, each with one {{}} for the class name")
+    return lines
+
+
+def prediction_path(folder, dataset, image_id):
+    return Path(folder, dataset.name, f"{image_id}.png")
+
+
+def save_prediction(args, dataset, image_id, prediction):
+    """A palette PNG of class indices, whole or not at all."""
+    path = prediction_path(Path(args.out, "predictions"), dataset, image_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(prediction)
+    picture.putpalette([v for colour in dataset.palette for v in colour])
+    temporary = path.with_suffix(".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def read_prediction(args, dataset, image_id, shape):
+    """Class indices int64 [h, w] of any method's label PNG; DataError when it is missing or does not fit."""
+    path = prediction_path(args.predictions, dataset, image_id)
+    if not path.is_file():
+        raise data.DataError(f"{path}: the prediction for {image_id} is missing")
+    prediction = data.read_label(path, data.lookup_table(range(len(dataset.classes)), []))
+    if prediction.shape != shape:
+        raise data.DataError(f"{path}: the prediction is {prediction.shape}, the label {shape} (height, width)")
+    return torch.from_numpy(prediction)
+
+
+def read_sets(args):
+    """The sets to evaluate, every path, size and label checked; DataError lists all that is missing at once."""
+    sets, missing = [], []
+    for name in list(data.BENCHMARKS) if args.all else args.datasets:
+        try:
+            sets.append(data.read_set(name, args.data_root))
+        except data.DataError as error:
+            missing.append(str(error))
+    if missing and not (args.available and sets):
+        raise data.DataError("\n       ".join(missing))
+    for line in missing:
+        print(f"left out: {line}", file=sys.stderr)
+    if len({dataset.name for dataset in sets}) < len(sets):
+        raise data.DataError("--datasets: two sets have the same name, and would overwrite each other's results")
+    for dataset in sets:
+        dataset.items = dataset.items[: args.limit]
+        data.check_labels(dataset)
+    return sets
+
+
+def settings_of(args):
+    """What results.json says of the run; unified_protocol is true only for the protocol's own geometry and prompts."""
+    named = ("method", "checkpoint", "model", "pretrained", "pamr", "bg_threshold", "kp_weight", "templates", "limit")
+    settings = {name: getattr(args, name) for name in (*named, "precision", "predictions", *PROTOCOL)}
+    default = 0.4 if args.pamr else 0.5
+    same = all(getattr(args, name) == value for name, value in PROTOCOL.items())
+    same = same and args.bg_threshold == default and args.kp_weight == 0.3 and args.templates == "release"
+    return settings | {"unified_protocol": True if args.predictions else same}
+
+
+def load_model(args, device):
+    """(net, tokenizer); an untrained GCL around CLIP for the methods that use CLIP alone."""
+    if args.predictions:
+        return None, None
+    if args.method == "gcl":
+        net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
+    else:
+        clip, _ = gcl.load_clip(args.model or "ViT-B-16-quickgelu", args.pretrained or "openai", device)
+        net = gcl.GCL(clip).eval()
+    return net, gcl.tokenizer_of(net.clip)
+
+
+def main(args):
+    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device or best)
+    if device.type == "cuda" and ranks > 1:
+        device = torch.device("cuda", local)
+    read_templates(args.templates)
+    sets = read_sets(args)
+    net, tokenizer = load_model(args, device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    results = {"average": None, "settings": settings_of(args), "datasets": {}}
+    for dataset in sets:
+        result, pictures = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
+        results["datasets"][dataset.name] = result
+        if rank == 0:
+            print(f"{dataset.name}: mIoU {result['miou']:.2f} over {result['images']} images", flush=True)
+            report.write_sheet(Path(args.out, f"{dataset.name}.png"), dataset, pictures)
+    results["average"] = round(float(np.mean([r["miou"] for r in results["datasets"].values()])), 4)
+    if rank == 0:
+        report.write_results(args.out, results)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except (data.DataError, gcl.CheckpointError) as error:
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all ranks find is said once
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,640 @@
+# SPDX-License-Identifier: MIT
+"""Grounded Contrastive Learning (GCL): a frozen CLIP, a trained adapter, and masks for any text. Figures 2 and 3.
+
+    clip, tokenizer = load_clip("ViT-B-16-quickgelu", "openai")     # frozen; the name, a tag or a local file
+    net = GCL(clip)                                                 # train it: losses = net(images, tokens)
+    net = load("runs/gcl/last.pt")                                  # or take a checkpoint, the authors' tcl.pth too
+    text = net.encode_classes(["moon", "boat"], tokenizer, ["a photo of a {}."])
+    masks = net.segment(images, text)                               # [B, K, h, w] in [0, 1]
+
+Legend for every shape: B local images, N texts of the global batch, K classes, C embedding size, D width of the ViT,
+L patches, H W mask grid, h w pixels. The paper's letters: t text embeddings, v_d dense CLIP features, v_s the adapter's
+dense embedding. Needs ops.py and adapter.py beside it, torch and open_clip.
+"""
+
+import copy
+import json
+import math
+import os
+import sys
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ops
+from adapter import Adapter
+
+CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOSSES = ("gcl_v", "gcl_f", "cl")
+WEIGHTS = {"gcl": 0.1, "area": 0.4, "tv": 1.0}  # the lambdas of Sec. 4.1
+FORMAT = "gcl-1"
+
+
+class CheckpointError(ValueError):
+    """A model, a weights file or a checkpoint that cannot be used; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where the authors' release differs from the paper; one line per difference. It travels inside checkpoints."""
+
+    name: str
+    own_head: bool  # Release differs: trains a copy of ln_post and projection from step 0
+    unfreeze_block_at: int | None  # Release differs: trains a copy of the last block from this step on
+    normalize_dense: bool  # pooling and TV take the L2-normalised dense embedding (Sec. 3.2); Release differs: raw
+    norm: tuple  # mean and std of the images; Release differs: ImageNet's
+    strong_augmentation: bool  # Release differs: RandAugment and random erasing; Paper silent: crop and flip alone
+
+
+RECIPES = {
+    "paper": Recipe("paper", False, None, True, CLIP_NORM, False),
+    "release": Recipe("release", True, 30_000, False, IMAGENET_NORM, True),
+}
+
+
+def first_line(error):
+    """What another library's error says, in one line."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def normalize(x, dim=-1):
+    """x / |x| along dim. Release's eps 1e-6, which half precision can hold."""
+    return F.normalize(x, dim=dim, eps=ops.EPS)
+
+
+def total_loss(losses, weights=None):
+    """The weighted sum of the loss terms. losses: dict from GCL.forward. Returns a scalar.
+
+    weights: {"gcl", "area", "tv"}, the paper's by default. Paper silent: the plain contrastive loss (row CL of Table 2)
+    takes the weight of the GCL losses.
+    """
+    weights = {**WEIGHTS, **(weights or {})}
+    group = {"gcl_v": "gcl", "gcl_f": "gcl", "cl": "gcl", "area_pos": "area", "area_neg": "area"}
+    return sum(weights[group.get(name, "tv")] * value for name, value in losses.items())  # Eq. (12)
+
+
+def full(x):
+    """x in float32 at least: what autocast left in half precision is raised before norms, masks and losses."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Head(nn.Module):
+    """CLIP's ln_post and projection as a trained copy (release recipe). [..., D] -> [..., C]."""
+
+    def __init__(self, visual):
+        super().__init__()
+        self.ln_post = copy.deepcopy(visual.ln_post)
+        self.proj = nn.Parameter(visual.proj.detach().clone())
+
+    def forward(self, x):
+        return self.ln_post(x) @ self.proj
+
+
+class GCL(nn.Module):
+    """The grounder of Figure 2: frozen CLIP, adapter, scalar projection w and b, and the losses' temperatures.
+
+    clip: an open_clip ViT CLIP (from load_clip, or your own). recipe: a name of RECIPES or a Recipe. losses: which of
+    gcl_v, gcl_f, cl the forward pass computes. area_prior: p+ of Sec. 3.3.
+    Raises CheckpointError for a CLIP without the plain ViT that dense features need, ValueError for an unknown name.
+    """
+
+    def __init__(self, clip, recipe="paper", losses=("gcl_v", "gcl_f"), area_prior=0.4):
+        super().__init__()
+        if unknown := set(losses) - set(LOSSES):
+            raise ValueError(f"unknown loss {sorted(unknown)[0]!r}; choose from {', '.join(LOSSES)}")
+        check_vit(clip)
+        self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        self.losses, self.p_pos = tuple(losses), area_prior
+        self.clip = clip.float().eval().requires_grad_(False)
+        visual = clip.visual
+        self.patch = visual.conv1.kernel_size[0]
+        self.adapter = Adapter(visual.conv1.out_channels)
+        self.w = nn.Parameter(torch.tensor(10.0))  # Paper silent: start values; the release's
+        self.b = nn.Parameter(torch.tensor(-2.5))
+        self.log_scale = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in LOSSES})
+        self.head = Head(visual) if self.recipe.own_head else None
+        block = visual.transformer.resblocks[-1]
+        self.block = copy.deepcopy(block) if self.recipe.unfreeze_block_at is not None else None
+        self.to(visual.conv1.weight.device)
+        self.set_trainable(step=0)
+
+    def set_trainable(self, step):
+        """Sets requires_grad for a training step; returns whether anything changed (then wrap in DDP again)."""
+        before = [p.requires_grad for p in self.parameters()]
+        self.requires_grad_(True)
+        self.clip.requires_grad_(False)
+        for name, scale in self.log_scale.items():
+            scale.requires_grad_(name in self.losses)
+        if self.block is not None:
+            self.block.requires_grad_(step >= self.recipe.unfreeze_block_at)
+        return before != [p.requires_grad for p in self.parameters()]
+
+    def train(self, mode=True):
+        """Training mode for the adapter alone: CLIP stays in eval mode, always."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    # ---- encoders -------------------------------------------------------------------------------------------------
+
+    def encode_text(self, tokens):
+        """L2-normalised text embeddings t = E_t(x_t). tokens: [..., context] int64. Returns [..., C] float32."""
+        flat = tokens.reshape(-1, tokens.shape[-1])  # [N, context]
+        with torch.no_grad():
+            t = full(self.clip.encode_text(flat))  # [N, C]
+        return normalize(t).reshape(*tokens.shape[:-1], -1)  # [..., C]
+
+    @torch.no_grad()
+    def encode_classes(self, names, tokenizer, templates):
+        """One embedding per class: the mean over raw per-template embeddings, then L2-normalised. Returns [K, C]."""
+        rows = []
+        for name in names:
+            tokens = tokenizer([template.format(name) for template in templates]).to(self.w.device)  # [T, context]
+            if tokens.max() >= self.clip.vocab_size:
+                raise CheckpointError(f"the tokenizer is larger than this CLIP's vocabulary ({self.clip.vocab_size})")
+            rows.append(full(self.clip.encode_text(tokens)).mean(0))  # [T, C] -> [C]
+        return normalize(torch.stack(rows))  # [K, C]
+
+    def trunk(self, images):
+        """The ViT up to its last block. images: [B, 3, h, w], sides multiples of the patch. Returns [B, 1 + L, D]."""
+        visual = self.clip.visual
+        x = visual.conv1(images)  # [B, D, H, W], H W the patch grid
+        grid = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # [B, L, D]
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # [B, 1+L, D]
+        x = visual.ln_pre(x + resize_positions(visual.positional_embedding, visual.grid_size, grid).to(x.dtype))
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        return x
+
+    def global_embedding(self, images):
+        """v_g, CLIP's own image embedding, L2-normalised, at any image size. Returns [B, C]."""
+        visual = self.clip.visual
+        x = visual.transformer.resblocks[-1](self.trunk(images))[:, 0]  # [B, D]
+        return normalize(full(visual.ln_post(x) @ visual.proj))
+
+    def dense_features(self, tokens, grid, block=None):
+        """v_d: the last block with attention as the identity (MaskCLIP). Returns [B, D, H, W].
+
+        tokens: [B, 1 + L, D] from trunk. grid: (H, W), L = H * W. block: a last block other than CLIP's own.
+        Only the value path is computed: each patch keeps its own value projection; residual and MLP stay.
+        """
+        block = block or self.clip.visual.transformer.resblocks[-1]
+        x = tokens[:, 1:]  # [B, L, D]
+        width = x.shape[-1]
+        weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]  # values: [D, D]
+        value = F.linear(block.ln_1(x), weight, bias)  # Eq. (3), [B, L, D]
+        x = x + block.ls_1(block.attn.out_proj(value))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return x.transpose(1, 2).unflatten(2, grid)  # [B, L, D] -> [B, D, H, W]
+
+    def dense_embedding(self, v_d):
+        """V_s = F(V_d), then CLIP's ln_post and projection (or their trained copy), not normalised.
+
+        v_d: [B, D, H, W]. Returns [B, C, 4H, 4W].
+        """
+        visual = self.clip.visual
+        x = self.adapter(v_d).permute(0, 2, 3, 1)  # Eq. (4), [B, 4H, 4W, D]
+        x = self.head(x) if self.head is not None else visual.ln_post(x) @ visual.proj
+        return x.permute(0, 3, 1, 2)  # [B, C, 4H, 4W]
+
+    # ---- training: Figure 3, line by line -------------------------------------------------------------------------
+
+    def forward(self, images, tokens, noise=None):
+        """Unweighted loss terms of this rank's B pairs within the global batch of N.
+
+        images: [B, 3, h, w] normalised, sides multiples of the patch. tokens: [B, context]. noise: uniform in (0, 1),
+        [B, 1, 4H, 4W] (drawn when None). Returns a dict of scalars: gcl_v, gcl_f, cl (those asked for), area_pos,
+        area_neg, tv_mask, tv_dense. Masks, pooling and InfoNCE are computed in float32 under autocast too.
+        """
+        grid = self.patch_grid(images)
+        t = ops.gather(self.encode_text(tokens))  # [N, C]
+        with torch.no_grad():
+            x = self.trunk(images)  # [B, 1+L, D]
+        v_d = self.dense_features(x, grid, self.block)  # [B, D, H, W]
+        v_s = self.dense_embedding(v_d)  # [B, C, H, W]
+        with torch.autocast(images.device.type, enabled=False):
+            v_s = full(v_s)
+            v_n = normalize(v_s, dim=1)
+            logits = self.mask_logits(v_n, t)  # [B, N, H, W]
+            mask = torch.sigmoid(logits)
+            dense = v_n if self.recipe.normalize_dense else v_s
+            terms = {}  # Eq. (2): gcl_v and gcl_f bound I(masked image; text), of pixels and of features
+            if "gcl_f" in self.losses:
+                terms["gcl_f"] = self._loss_feature(dense, mask, t)
+            if "cl" in self.losses:
+                terms["cl"] = self._loss_plain(dense, t)
+            terms["area_pos"], terms["area_neg"] = ops.area_prior(mask, self.p_pos)
+            terms["tv_mask"], terms["tv_dense"] = ops.total_variation(mask), ops.total_variation(dense)
+        if "gcl_v" in self.losses:
+            terms["gcl_v"] = self._loss_image(images, logits, t, noise)
+        return terms
+
+    def _loss_image(self, images, logits, t, noise):
+        """Image-level GCL: the image under its own text's binary mask, through the frozen CLIP."""
+        targets = ops.positives(logits)
+        pos = logits[torch.arange(len(targets), device=logits.device), targets].unsqueeze(1)  # [B, 1, H, W]
+        noise = torch.rand_like(pos) if noise is None else noise
+        pos_mask_b = ops.gumbel_sigmoid(pos, noise)  # [B, 1, H, W]
+        pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")  # [B, 1, h, w]
+        v_g = self.global_embedding(pos_mask_b * images)  # [B, C]
+        with torch.autocast(images.device.type, enabled=False):
+            return ops.info_nce(v_g @ t.T, self.log_scale["gcl_v"])  # Eq. (6), S_m [B, N]
+
+    def _loss_feature(self, dense, mask, t):
+        """Feature-level GCL: S_f[i, j] is the cosine of t_j and image i pooled over the mask of text j.
+
+        Release differs from Fig. 3 line 21, which writes "ijc,ic": the text (t_j) is right, and the release has it.
+        """
+        v_f = normalize(ops.masked_pool(dense, mask))  # [B, N, C]
+        s_f = torch.einsum("bnc,nc->bn", v_f, t)  # [B, N]
+        return ops.info_nce(s_f, self.log_scale["gcl_f"])  # Eq. (9)
+
+    def _loss_plain(self, dense, t):
+        """Plain contrastive learning, row CL of Table 2a: the same with a mask of ones."""
+        pooled = normalize(dense.mean((2, 3)))  # [B, C]
+        return ops.info_nce(pooled @ t.T, self.log_scale["cl"])  # Eq. (1): InfoNCE bounds I(image; text)
+
+    def patch_grid(self, images):
+        """(H, W) in patches; ValueError when a side is not a multiple of the patch (segment pads, forward does not)."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"image sides {height}x{width} must be multiples of this CLIP's patch size {self.patch}")
+        return height // self.patch, width // self.patch
+
+    def mask_logits(self, v_n, t):
+        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C], both L2-normalised."""
+        return self.w * torch.einsum("bchw,nc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    def preserved_masks(self, v_d, t, size):
+        """M_KP, the knowledge preservation branch: CLIP's own dense features, head, w = 10, b = -2.5. [B, K, *size]."""
+        visual = self.clip.visual
+        v = full(visual.ln_post(v_d.permute(0, 2, 3, 1)) @ visual.proj)  # [B, H, W, C]
+        cosine = torch.einsum("bhwc,kc->bkhw", normalize(v), t)  # [B, K, H, W]
+        mask = torch.sigmoid(10.0 * (cosine - 0.25))  # Paper silent: the start values of w and b, as the release
+        return F.interpolate(mask, size=size, mode="bilinear", align_corners=False)  # [B, K, *size]
+
+    @torch.no_grad()
+    def segment(self, images, text, refine=None, kp_weight=0.3):
+        """Masks of K texts at the images' own size. The adapter's masks, refined, then mixed with CLIP's.
+
+        images: [B, 3, h, w], normalised with recipe.norm, any size (padded with zeros to the patch, cropped back).
+        text: [K, C] from encode_classes or encode_text. refine: a function (image, mask) -> mask at the mask's grid,
+        such as pamr.pamr. kp_weight: w_kp of Appendix A. Returns [B, K, h, w] float32 in [0, 1].
+        """
+        padded, (left, top) = pad_to_patch(images, self.patch)
+        tokens, grid = self.trunk(padded), self.patch_grid(padded)
+        v_s = self.dense_embedding(self.dense_features(tokens, grid, self.block))  # [B, C, 4H, 4W]
+        mask = torch.sigmoid(self.mask_logits(normalize(full(v_s), dim=1), text))  # [B, K, 4H, 4W]
+        mask = refine_at_mask_size(refine, padded, mask)
+        if kp_weight:
+            kp = self.preserved_masks(self.dense_features(tokens, grid), text, mask.shape[-2:])
+            mask = (1 - kp_weight) * mask + kp_weight * kp  # Eq. (14)
+        return to_pixels(mask, padded, images.shape[-2:], left, top)
+
+    @torch.no_grad()
+    def segment_maskclip(self, images, text, refine=None):
+        """MaskCLIP-dagger of Table 1: the frozen dense features alone, same masks; arguments as in segment."""
+        padded, (left, top) = pad_to_patch(images, self.patch)
+        grid = self.patch_grid(padded)
+        v_d = self.dense_features(self.trunk(padded), grid)  # [B, D, H, W]
+        mask = self.preserved_masks(v_d, text, (4 * grid[0], 4 * grid[1]))  # [B, K, 4H, 4W], the adapter's grid
+        mask = refine_at_mask_size(refine, padded, mask)
+        return to_pixels(mask, padded, images.shape[-2:], left, top)
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path, **extra):
+        """Writes the trained part; the frozen CLIP is named and fingerprinted, or written too where it has no name.
+
+        extra: more entries, plain values and tensors. The file loads with torch.load(path, weights_only=True) and
+        appears under its name only when it is complete.
+        """
+        source = getattr(self.clip, "source", {"model": None, "pretrained": None, "config": None})
+        inside = source["config"] is not None and source["pretrained"] is None
+        state = {k: v for k, v in self.state_dict().items() if inside or not k.startswith("clip.")}
+        fields = {"format": FORMAT, "recipe": asdict(self.recipe), "losses": self.losses}
+        fields |= {"area_prior": self.p_pos, "clip": source, "clip_crc": fingerprint(self.clip), "model": state}
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            torch.save({**fields, **extra}, temporary)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------------
+
+
+def pad_to_patch(images, patch):
+    """Zero-pads [B, 3, h, w] to multiples of the patch, the smaller half left and top. Returns images, (left, top)."""
+    height, width = images.shape[-2:]
+    extra_h, extra_w = -height % patch, -width % patch
+    left, top = extra_w // 2, extra_h // 2
+    return F.pad(images, (left, extra_w - left, top, extra_h - top)), (left, top)
+
+
+def to_pixels(mask, padded, size, left, top):
+    """Masks [B, K, H, W] of a padded image resized to its pixels, and the padding cut off: [B, K, *size]."""
+    mask = F.interpolate(mask, size=padded.shape[-2:], mode="bilinear", align_corners=False)  # [B, K, h', w']
+    return mask[..., top : top + size[0], left : left + size[1]]
+
+
+def refine_at_mask_size(refine, images, mask):
+    """refine(image resized to the mask's grid, mask), or the mask itself. images: [B, 3, h, w], mask: [B, K, H, W]."""
+    if refine is None:
+        return mask
+    images = F.interpolate(full(images), size=mask.shape[-2:], mode="bilinear", align_corners=True)  # [B, 3, H, W]
+    return refine(images, mask)
+
+
+def resize_positions(embedding, native, grid):
+    """Positional embeddings [1 + L, D] of the native (H, W) grid for another grid: [1 + L', D], bicubic."""
+    if tuple(native) == tuple(grid):
+        return embedding
+    patches = full(embedding[1:]).unflatten(0, native).permute(2, 0, 1).unsqueeze(0)  # [1, D, H, W]
+    patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)  # [1, D, H', W']
+    return torch.cat([embedding[:1], patches[0].flatten(1).T.to(embedding.dtype)])  # [1 + L', D]
+
+
+# ---- loading CLIP -------------------------------------------------------------------------------------------------
+
+
+def check_vit(clip):
+    """CheckpointError unless this open_clip model has the plain ViT whose last block can be taken apart."""
+    visual = getattr(clip, "visual", None)
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    plain = blocks is not None and hasattr(blocks[-1], "ls_1") and hasattr(blocks[-1].attn, "in_proj_weight")
+    pooled = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok"
+    if not (plain and pooled and not getattr(visual, "final_ln_after_pool", False)):
+        raise CheckpointError(f"{type(visual).__name__}: GCL needs a ViT with class token, such as ViT-B-16-quickgelu")
+    if blocks[-1].attn.in_proj_weight is None or not getattr(visual.transformer, "batch_first", True):
+        raise CheckpointError("this open_clip version's attention is not supported; install a newer open_clip_torch")
+
+
+def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
+    """A frozen open_clip CLIP and its tokenizer.
+
+    model: a name of open_clip.list_models(), or a JSON file in open_clip's model-config format. pretrained: a tag, or a
+    local weights file (state dict, OpenAI's TorchScript archive, safetensors), or None for random weights.
+    A config with the wrong activation for its weights is corrected, and said on stderr: plain ViT-B-16 with OpenAI's
+    weights would otherwise run GELU where they were trained with QuickGELU. Raises CheckpointError.
+    """
+    config = clip_config(model)
+    path = find_weights(model, pretrained)
+    if pretrained is None:
+        print(f"warning: {model} with random weights (pretrained=None)", file=sys.stderr)
+    quick = trained_with_quick_gelu(model, pretrained, path)
+    if quick is not None and quick != config.get("quick_gelu", False):
+        print(f"warning: {pretrained} needs quick_gelu={quick}: corrected in the config of {model}", file=sys.stderr)
+        config["quick_gelu"] = quick
+    clip = build_clip(config, read_weights(path) if path else None, path)
+    clip.source = {"model": str(model), "pretrained": None if pretrained is None else str(pretrained), "config": config}
+    return clip.to(device), tokenizer_of(clip)
+
+
+def tokenizer_of(clip):
+    """CLIP's own BPE tokenizer at this model's context length: list of strings -> int64 [n, context]."""
+    return open_clip.SimpleTokenizer(context_length=clip.context_length)
+
+
+def build_clip(config, state, path):
+    """open_clip's CLIP from a model config and a state dict (random weights when None), float32, frozen."""
+    try:
+        clip = open_clip.CLIP(**copy.deepcopy(config))
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"not a model config that open_clip.CLIP takes: {error}") from error
+    check_vit(clip)
+    if state is not None:
+        load_strict(clip, state, path)
+    return clip.eval().requires_grad_(False)
+
+
+def clip_config(model):
+    """The model config (a dict) of an open_clip name or a JSON file; CheckpointError for neither, or no plain CLIP."""
+    if str(model).endswith(".json"):
+        try:
+            config = json.loads(Path(model).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"--model {model}: cannot be read as a model config ({error})") from error
+        config = config.get("model_cfg", config) if isinstance(config, dict) else {}
+    else:
+        config = open_clip.get_model_config(str(model))
+        if config is None:
+            raise CheckpointError(f"--model {model}: neither a name that open_clip knows nor a .json file")
+    unsupported = {"custom_text", "multimodal_cfg"} & config.keys() or "hf_tokenizer_name" in config.get("text_cfg", {})
+    if unsupported or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise CheckpointError(f"--model {model}: not a plain CLIP config (embed_dim, vision_cfg, text_cfg)")
+    return config
+
+
+def find_weights(model, pretrained):
+    """Path of the weights file for a tag or a local file; None for None. Downloads a tag's file once (open_clip)."""
+    if pretrained is None or os.path.isfile(pretrained):
+        return pretrained
+    hint = "give a local weights file instead: --pretrained FILE (state dict, OpenAI archive or safetensors)"
+    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
+    if not tag:
+        raise CheckpointError(f"--pretrained {pretrained}: no such file, and no tag of {model}; {hint}")
+    try:
+        return open_clip.download_pretrained(tag)
+    except Exception as error:  # every hub client has its own errors; the cause is kept
+        what = f"the weights of {model} could not be downloaded ({first_line(error)})"
+        raise CheckpointError(f"--pretrained {pretrained}: {what}; {hint}") from error
+
+
+def trained_with_quick_gelu(model, pretrained, path):
+    """True or False where the weights' origin tells their activation, None where it does not (a plain local file)."""
+    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained)) if pretrained else None
+    if tag and str(pretrained) != str(path):
+        return bool(tag.get("quick_gelu", False))
+    return True if path and is_torchscript(path) else None  # only OpenAI hands out TorchScript archives
+
+
+def is_torchscript(path):
+    """Whether a file is a TorchScript archive, such as OpenAI's ViT-B-16.pt."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def read_weights(path):
+    """A CLIP state dict (float32 values) from a local file; CheckpointError when it holds none."""
+    try:
+        if is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = open_clip.factory.load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors each raise their own; the file is what is wrong
+        raise CheckpointError(f"{path}: not a weights file that can be read ({first_line(error)})") from error
+    extra = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # OpenAI's archive has these beside
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k not in extra}
+
+
+def load_strict(module, state, path):
+    """Loads state into module; CheckpointError names the first key or shape that does not fit."""
+    own = {k: v for k, v in module.state_dict().items() if not k.startswith("clip.")}
+    for key, value in own.items():
+        if key not in state:
+            raise CheckpointError(f"{path}: {key} is missing; is this a checkpoint of another model?")
+        if state[key].shape != value.shape:
+            shapes = f"has shape {tuple(state[key].shape)}, this model needs {tuple(value.shape)}"
+            raise CheckpointError(f"{path}: {key} {shapes}: a checkpoint of another CLIP?")
+    if extra := sorted(state.keys() - own.keys()):
+        raise CheckpointError(f"{path}: {extra[0]} is not part of this model: a checkpoint of another CLIP?")
+    module.load_state_dict(state, strict=False)  # strict already, but for the frozen CLIP of a GCL
+
+
+def fingerprint(clip):
+    """CRC-32 over all CLIP weights as float32: tells apart two CLIPs of one shape."""
+    crc = 0
+    for key, value in sorted(clip.state_dict().items()):
+        crc = zlib.crc32(value.detach().float().cpu().contiguous().numpy(), zlib.crc32(key.encode(), crc))
+    return crc
+
+
+# ---- loading GCL --------------------------------------------------------------------------------------------------
+
+RELEASE_CLIP = {  # Release's key prefixes of the frozen CLIP -> open_clip's; the first that fits counts
+    "clip_text_encoder.": "",
+    "clip_image_encoder.clip_proj.ln.": "visual.ln_post.",
+    "clip_image_encoder.clip_proj.": "visual.",
+    "clip_image_encoder.clip_visual.": "visual.",
+}
+DECODER = "masker.image_encoder.decoder."
+RELEASE_GCL = {  # Release's key prefixes of the trained part -> ours; {last} is the last block's number
+    "masker.image_encoder.backbone.transformer.resblocks.{last}.": "block.",
+    DECODER + "decoder.net.0.conv.": "adapter.stages.0.1.",
+    DECODER + "decoder.net.0.conv2.": "adapter.stages.0.2.",
+    DECODER + "decoder.net.1.conv.": "adapter.stages.1.1.",
+    DECODER + "decoder.net.1.conv2.": "adapter.stages.1.2.",
+    DECODER + "image_proj.ln.": "head.ln_post.",
+    DECODER + "image_proj.": "head.",
+    "masker.sim2mask.": "",
+    "tcli_loss.logit_scale": "log_scale.gcl_v",
+    "tclf_loss.logit_scale": "log_scale.gcl_f",
+}
+
+
+class Inert:
+    """Stands in for a class of a library that is not installed here: takes anything, does nothing, runs no code."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint file. Nothing in its pickle is executed: classes that torch does not know are inert."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--checkpoint {path}: no such file")
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated zip, foreign pickle, blocked module: the file is what is wrong
+        raise CheckpointError(f"{path}: not a checkpoint that can be read ({first_line(error)})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise CheckpointError(f"{path}: not a GCL checkpoint (no 'model' entry); CLIP weights go to --pretrained")
+    return checkpoint
+
+
+def load(path, model=None, pretrained=None, device="cpu"):
+    """A GCL from this project's checkpoint or the authors' tcl.pth, with or without its CLIP part, in eval mode.
+
+    model, pretrained: override the CLIP that the file names (or holds); a stripped tcl.pth names none and gets
+    ViT-B-16-quickgelu / openai. Raises CheckpointError when they do not fit, naming the first mismatching tensor.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("format") == FORMAT:
+        return _load_own(checkpoint, path, model, pretrained).to(device).eval()
+    if any(key.startswith("masker.") for key in checkpoint["model"]):
+        return _load_release(checkpoint["model"], path, model, pretrained).to(device).eval()
+    raise CheckpointError(f"{path}: neither a checkpoint of this project nor the authors' release")
+
+
+def _load_own(checkpoint, path, model, pretrained):
+    source, state = checkpoint["clip"], checkpoint["model"]
+    inside = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    if inside and not pretrained:
+        clip = build_clip(source["config"], inside, path)
+        clip.source = source
+    else:
+        model, pretrained = model or source["model"], pretrained or source["pretrained"]
+        if model is None or pretrained is None:
+            raise CheckpointError(f"{path}: does not name its CLIP; give --model and --pretrained")
+        clip, _ = load_clip(model, pretrained)
+    net = GCL(clip, Recipe(**checkpoint["recipe"]), checkpoint["losses"], checkpoint["area_prior"])
+    restore(net, checkpoint, path)
+    return net
+
+
+def restore(net, checkpoint, path):
+    """Puts the trained part of this project's checkpoint into net; CheckpointError when recipe or CLIP do not fit."""
+    if checkpoint.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    if Recipe(**checkpoint["recipe"]) != net.recipe:
+        raise CheckpointError(f"{path}: has the recipe {checkpoint['recipe']['name']!r}, not {net.recipe.name!r}")
+    load_strict(net, {k: v for k, v in checkpoint["model"].items() if not k.startswith("clip.")}, path)
+    if fingerprint(net.clip) != checkpoint["clip_crc"]:
+        raise CheckpointError(f"{path}: was trained on other CLIP weights than these, though the shapes fit")
+
+
+def _load_release(state, path, model, pretrained):
+    frozen = rename(state, RELEASE_CLIP)
+    if frozen and not pretrained:
+        frozen["logit_scale"] = torch.tensor(math.log(1 / 0.07))  # the release drops it; nothing here uses it
+        config = clip_config(model) if model else config_from_weights(frozen)
+        clip = build_clip(config, frozen, path)
+        clip.source = {"model": model, "pretrained": None, "config": config}
+    else:
+        clip, _ = load_clip(model or "ViT-B-16-quickgelu", pretrained or "openai")
+    net = GCL(clip, "release")
+    last = len(clip.visual.transformer.resblocks) - 1
+    trained = rename(state, {old.format(last=last): new for old, new in RELEASE_GCL.items()})
+    trained = {k.replace("gate.gate", "gate"): v for k, v in trained.items()}
+    load_strict(net, trained | {"log_scale.cl": net.log_scale["cl"]}, path)
+    return net
+
+
+def config_from_weights(state):
+    """Model config of an OpenAI-style CLIP from its tensors' shapes; its heads are 64 wide, its GELU quick."""
+    layers = {
+        prefix: len({key.split(".resblocks.")[1].split(".")[0] for key in state if key.startswith(prefix)})
+        for prefix in ("visual.transformer.resblocks.", "transformer.resblocks.")
+    }
+    width, _, patch, _ = state["visual.conv1.weight"].shape  # [D, 3, patch, patch]
+    size = patch * math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+    vocab, text_width = state["token_embedding.weight"].shape
+    vision = {
+        "width": width,
+        "patch_size": patch,
+        "image_size": size,
+        "layers": layers["visual.transformer.resblocks."],
+    }
+    text = {"width": text_width, "heads": text_width // 64, "layers": layers["transformer.resblocks."]}
+    text |= {"vocab_size": vocab, "context_length": state["positional_embedding"].shape[0]}
+    sizes = {"embed_dim": state["text_projection"].shape[1], "vision_cfg": vision, "text_cfg": text}
+    return {**sizes, "quick_gelu": True}
+
+
+def rename(state, prefixes):
+    """The entries of a state dict that start with one of the prefixes (old -> new), under their new names."""
+    renamed = {}
+    for key, value in state.items():
+        old = next((old for old in prefixes if key.startswith(old)), None)
+        if old is not None:
+            renamed[prefixes[old] + key.removeprefix(old)] = value
+    return renamed
