@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torchvision import transforms as T
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL says SyntaxError for a broken PNG
 IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
 
 
@@ -63,12 +65,16 @@ def scan_shard(path):
     Members of one stem make a pair, in any order; half pairs are left out. A text of .json has its size negated.
     A truncated shard gives the pairs before the cut, with a warning. DataError for a file that is no tar at all.
     """
-    parts, end = {}, os.path.getsize(path)
+    parts = {}
     try:
+        end = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 stem, suffix = os.path.splitext(member.name)
-                if not member.isfile() or member.offset_data + member.size > end:
+                if member.offset_data + member.size > end:
+                    print(f"warning: {path}: cut off inside {member.name}; using what is before", file=sys.stderr)
+                    break
+                if not member.isfile():
                     continue
                 if suffix.lower() in IMAGE_SUFFIXES:
                     parts.setdefault(stem, {})["image"] = (member.offset_data, member.size)
@@ -79,7 +85,7 @@ def scan_shard(path):
     except (tarfile.TarError, OSError) as error:
         if not parts:
             raise DataError(f"{path}: not a tar shard that can be read ({error})") from error
-        print(f"warning: {path}: {error}; using the {len(parts)} stems before it", flush=True)
+        print(f"warning: {path}: {error}; using the {len(parts)} stems before it", file=sys.stderr)
     rows = [(*p["image"], *p["text"]) for p in parts.values() if "image" in p and "text" in p]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)  # [pairs, 4]
 
@@ -110,7 +116,7 @@ class PairDataset(Dataset):
 
     def __init__(self, shards, transform, tokenizer, noise_size, seed=0):
         self.shards, self.transform, self.tokenizer = shards, transform, tokenizer
-        self.noise_size, self.seed, self.handles = noise_size, seed, {}
+        self.noise_size, self.seed = noise_size, seed
         scanned = [scan_shard(path) for path in tqdm(shards, desc="scanning shards", disable=len(shards) < 20)]
         self.ends = np.cumsum([len(rows) for rows in scanned]).tolist()
         self.rows = torch.from_numpy(np.concatenate(scanned))  # [pairs, 4]; a tensor is shared with spawned workers
@@ -127,16 +133,17 @@ class PairDataset(Dataset):
         position, index = key
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
         noise = torch.rand(1, *self.noise_size, generator=generator)  # [1, H, W]
-        for replaced in range(min(len(self), 100)):
+        tries = min(len(self), 100)
+        for replaced in range(tries):
             try:
                 image, caption = self.read((index + replaced) % len(self))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 reason = error
                 continue
             with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
                 torch.manual_seed(self.seed * 1_000_003 + position)
                 return self.transform(image), self.tokenizer([caption])[0], noise, replaced
-        raise DataError(f"{self.locate(index)[0]}: 100 unreadable samples in a row, the last: {reason}")
+        raise DataError(f"{self.locate(index)[0]}: {tries} unreadable sample(s) in a row, the last: {reason}")
 
     def locate(self, index):
         """(shard path, image offset, image size, text offset, text size) of a pair."""
@@ -229,7 +236,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not an image that can be read ({error})") from error
 
 
@@ -238,7 +245,7 @@ def read_label(path, lut):
     try:
         with Image.open(path) as image:
             mode, stored = image.mode, np.array(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a label that can be read ({error})") from error
     if stored.ndim != 2:
         raise DataError(f"{path}: stored as {mode} colours; labels must be index PNGs (palette or grey)")
@@ -258,7 +265,7 @@ def check_labels(dataset):
             try:
                 with Image.open(image_path) as image:
                     width, height = image.size
-            except OSError as error:
+            except UNREADABLE as error:
                 raise DataError(f"{image_path}: not an image that can be read ({error})") from error
             if label.shape != (height, width):
                 sizes = f"{width}x{height}, its label {label_path} is {label.shape[1]}x{label.shape[0]}"
@@ -273,6 +280,10 @@ SPEC_DEFAULTS = {
     "ignore": [255],
     "zero_is_ignored": False,
     "palette": None,
+}
+SPEC_KINDS = {
+    **dict.fromkeys(("name", "images", "labels", "image_suffix", "label_suffix"), str),
+    **{"list": str | None, "background": bool, "zero_is_ignored": bool, "ignore": list, "palette": list | None},
 }
 
 
@@ -307,8 +318,8 @@ def read_spec(path):
 def _spec_fields(path):
     """The checked fields of a SPEC.json with their defaults."""
     try:
-        given = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        given = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     needed = {"name", "images", "labels", "classes"}
     if not isinstance(given, dict) or needed - given.keys():
@@ -316,26 +327,48 @@ def _spec_fields(path):
     if unknown := given.keys() - needed - SPEC_DEFAULTS.keys():
         raise DataError(f"{path}: unknown field {sorted(unknown)[0]!r}")
     spec = SPEC_DEFAULTS | given
+    for field, kind in SPEC_KINDS.items():
+        if not isinstance(spec[field], kind):
+            raise DataError(f"{path}: {field} cannot be {spec[field]!r}")
     classes, palette = spec["classes"], spec["palette"]
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or not 0 < len(classes) < 255:
         raise DataError(f"{path}: classes must be a list of 1 to 254 names")
     if spec["background"] and (classes[0] != "background" or len(classes) < 2):
         raise DataError(f'{path}: with "background": true the first class is "background", then at least one more')
-    if palette and (len(palette) < len(classes) or any(len(colour) != 3 for colour in palette)):
-        raise DataError(f"{path}: palette needs one [r, g, b] per class")
+    if len(set(classes)) < len(classes) or "background" in classes[int(spec["background"]) :]:
+        raise DataError(f'{path}: class names must differ, and "background" is a class only with "background": true')
+    if palette and (len(palette) < len(classes) or not all(map(_is_colour, palette))):
+        raise DataError(f"{path}: palette needs one [r, g, b] of 0 to 255 per class")
+    if not all(isinstance(value, int) and 0 <= value <= 255 for value in spec["ignore"]):
+        raise DataError(f"{path}: ignore must be a list of stored values, 0 to 255")
+    if spec["name"] in BENCHMARKS:
+        raise DataError(f"{path}: {spec['name']} is the name of a benchmark; choose another")
     if not re.fullmatch(r"[\w.-]+", spec["name"]):
         raise DataError(f"{path}: name {spec['name']!r} becomes a file name; use letters, digits, '.', '_' and '-'")
     return spec
+
+
+def _is_colour(value):
+    whole = isinstance(value, list) and all(isinstance(v, int) and 0 <= v <= 255 for v in value)
+    return whole and len(value) == 3
 
 
 def read_list(path):
     """Image ids, one a line; DataError when the file is missing or empty."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: the list of image ids is missing")
-    ids = Path(path).read_text().split()
+    ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not ids:
         raise DataError(f"{path}: holds no image ids")
     return ids
+
+
+def read_text(path):
+    """A UTF-8 text file; DataError when it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a text file that can be read ({error})") from error
 
 
 # ---- the eight benchmarks: class names exactly as MMSegmentation's defaults, none expanded or rephrased (Sec. 4.1) --

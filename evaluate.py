@@ -12,6 +12,7 @@ as they are, never "background" as a prompt; one confusion matrix per set.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -57,7 +58,7 @@ def parse_args(argv=None):
     which.add_argument("--datasets", nargs="+", metavar="NAME|SPEC.json", help=f"of {', '.join(data.BENCHMARKS)}")
     add("--data-root", default="data", help="folder of the benchmarks, in the layout of their downloads")
     add("--available", action="store_true", help="with --all: evaluate the benchmarks that are there, name the others")
-    add("--checkpoint", help="a checkpoint of train.py, or the authors' tcl.pth")
+    add("--checkpoint", help="a checkpoint of train.py (default runs/gcl/last.pt), or the authors' tcl.pth")
     add(
         "--model",
         help="open_clip name or model-config .json; default: what the checkpoint names, or ViT-B-16-quickgelu",
@@ -86,12 +87,18 @@ def parse_args(argv=None):
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of CLIP and adapter; masks stay float32")
     add("--workers", type=int, default=2, help="loader processes")
     args = p.parse_args(argv)
-    if args.method == "gcl" and not args.checkpoint and not args.predictions:
-        p.error("--method gcl needs --checkpoint FILE (or use --method maskclip, or --predictions DIR)")
     if args.checkpoint and (args.predictions or args.method != "gcl"):
         p.error("--checkpoint goes with --method gcl alone")
-    if min(args.short_side, args.window, args.stride, args.limit or 1) < 1 or args.stride > args.window:
-        p.error("--short-side, --window, --stride and --limit must be positive, --stride at most --window")
+    if args.predictions and args.sweep_threshold:
+        p.error("--sweep-threshold needs masks, --predictions holds labels alone")
+    if args.method == "gcl" and not args.predictions:
+        args.checkpoint = args.checkpoint or "runs/gcl/last.pt"
+    if min(args.short_side, args.window, args.stride, 1 if args.limit is None else args.limit) < 1:
+        p.error("--short-side, --window, --stride and --limit must be positive")
+    if args.stride > args.window or args.workers < 0 or not 0 <= args.kp_weight <= 1:
+        p.error("--stride must be at most --window, --workers at least 0, --kp-weight between 0 and 1")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        p.error(f"--out {args.out}: is a file, not a folder")
     if args.available and not args.all:
         p.error("--available goes with --all")
     if args.bg_threshold is None:
@@ -191,9 +198,10 @@ def iou_per_class(matrix):
 
 
 def mean_iou(matrix, among=None):
-    """Mean IoU in percent over the classes that occur (of the indices `among`)."""
+    """Mean IoU in percent over the classes that occur (of the indices `among`), 4 digits; None where none does."""
     iou = iou_per_class(matrix)
-    return float((iou if among is None else iou[list(among)]).nanmean())
+    mean = float((iou if among is None else iou[list(among)]).nanmean())
+    return None if math.isnan(mean) else round(mean, 4)
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -231,9 +239,9 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
     sweep = args.sweep_threshold and dataset.background and not args.predictions
     mine = range(rank, len(dataset), ranks)  # dealt out without padding: every image counts once
     loader = DataLoader(Images(dataset), None, sampler=mine, num_workers=args.workers, collate_fn=unchanged)
-    shown, pictures = set(np.linspace(0, len(dataset) - 1, report.ROWS).astype(int).tolist()), []
+    shown, pictures = set(np.linspace(0, len(mine) - 1, report.ROWS).astype(int).tolist()), []  # of rank 0's images
     with tqdm(total=len(mine), desc=dataset.name, disable=rank > 0) as bar:
-        for k, item in zip(mine, loader, strict=True):
+        for k, item in enumerate(loader):
             if isinstance(item, data.DataError):
                 raise item
             image, label, image_id = item
@@ -264,15 +272,15 @@ def summary(dataset, matrices, sweep, seconds):
     per_class = {name: None if v != v else round(v, 4) for name, v in zip(dataset.classes, iou.tolist(), strict=True)}
     partial = [dataset.classes.index(name) for name in dataset.partial]
     result = {
-        "miou": round(mean_iou(matrices[0]), 4),
+        "miou": mean_iou(matrices[0]),
         "images": len(dataset),
         "full": dataset.full,
         "iou": per_class,
-        "partial_miou": round(mean_iou(matrices[0], partial), 4) if partial else None,
+        "partial_miou": mean_iou(matrices[0], partial) if partial else None,
         "seconds": round(seconds, 1),
     }
     if sweep:
-        result["sweep"] = {f"{t:.2f}": round(mean_iou(m), 4) for t, m in zip(SWEEP, matrices[1:], strict=True)}
+        result["sweep"] = {f"{t:.2f}": mean_iou(m) for t, m in zip(SWEEP, matrices[1:], strict=True)}
     return result
 
 
@@ -285,7 +293,7 @@ def read_templates(name):
         return TEMPLATES[name]
     if not os.path.isfile(name):
         raise data.DataError(f"--templates {name}: not release, not simple, and no such file")
-    lines = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in data.read_text(name).splitlines() if line.strip()]
     if not lines or not all(line.count("{}") == 1 for line in lines):
         raise data.DataError(f"--templates {name}: needs one prompt per line, each with one {{}} for the class name")
     return lines
@@ -318,7 +326,7 @@ def read_prediction(args, dataset, image_id, shape):
 
 
 def read_sets(args):
-    """The sets to evaluate, every path, size and label checked; DataError lists all that is missing at once."""
+    """The sets to evaluate, every path checked; DataError lists all that is missing at once."""
     sets, missing = [], []
     for name in list(data.BENCHMARKS) if args.all else args.datasets:
         try:
@@ -332,19 +340,24 @@ def read_sets(args):
     if len({dataset.name for dataset in sets}) < len(sets):
         raise data.DataError("--datasets: two sets have the same name, and would overwrite each other's results")
     for dataset in sets:
+        dataset.full = dataset.full or len(dataset)
         dataset.items = dataset.items[: args.limit]
-        data.check_labels(dataset)
     return sets
 
 
-def settings_of(args):
-    """What results.json says of the run; unified_protocol is true only for the protocol's own geometry and prompts."""
-    named = ("method", "checkpoint", "model", "pretrained", "pamr", "bg_threshold", "kp_weight", "templates", "limit")
-    settings = {name: getattr(args, name) for name in (*named, "precision", "predictions", *PROTOCOL)}
-    default = 0.4 if args.pamr else 0.5
-    same = all(getattr(args, name) == value for name, value in PROTOCOL.items())
-    same = same and args.bg_threshold == default and args.kp_weight == 0.3 and args.templates == "release"
-    return settings | {"unified_protocol": True if args.predictions else same}
+def settings_of(args, net):
+    """What results.json says of the run; unified_protocol is true only with the protocol's own settings."""
+    settings = {name: getattr(args, name) for name in ("predictions", "limit")}
+    if args.predictions:
+        return {"method": None, **settings, "unified_protocol": None}  # whoever made them knows
+    used = ("method", "checkpoint", "pamr", "bg_threshold", "templates", "precision", *PROTOCOL)
+    settings |= {name: getattr(args, name) for name in used} | {"clip": net.clip.source}
+    same = all(getattr(args, name) == value for name, value in PROTOCOL.items()) and args.templates == "release"
+    same = same and args.bg_threshold == (0.4 if args.pamr else 0.5)
+    if args.method == "gcl":
+        settings["kp_weight"] = args.kp_weight
+        same = same and args.kp_weight == 0.3
+    return settings | {"unified_protocol": same}
 
 
 def load_model(args, device):
@@ -352,6 +365,10 @@ def load_model(args, device):
     if args.predictions:
         return None, None
     if args.method == "gcl":
+        if not os.path.exists(args.checkpoint):
+            raise data.DataError(
+                f"--checkpoint {args.checkpoint}: no such file; train first (train.py), or give another"
+            )
         net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
     else:
         clip, _ = gcl.load_clip(args.model or "ViT-B-16-quickgelu", args.pretrained or "openai", device)
@@ -359,27 +376,33 @@ def load_model(args, device):
     return net, gcl.tokenizer_of(net.clip)
 
 
+def average(results):
+    """Mean of the sets' mIoU; None while one of them has none."""
+    values = [result["miou"] for result in results["datasets"].values()]
+    return None if None in values else round(float(np.mean(values)), 4)
+
+
 def main(args):
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device or best)
-    if device.type == "cuda" and ranks > 1:
-        device = torch.device("cuda", local)
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     read_templates(args.templates)
     sets = read_sets(args)
+    device = gcl.pick_device(args.device)
     net, tokenizer = load_model(args, device)
+    for dataset in sets:
+        data.check_labels(dataset)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    results = {"average": None, "settings": settings_of(args), "datasets": {}}
+    results = {"average": None, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
         result, pictures = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
         results["datasets"][dataset.name] = result
-        if rank == 0:
-            print(f"{dataset.name}: mIoU {result['miou']:.2f} over {result['images']} images", flush=True)
+        results["average"] = average(results)
+        if rank == 0:  # after every set: a later one that fails loses nothing
+            report.write_results(args.out, results)
             report.write_sheet(Path(args.out, f"{dataset.name}.png"), dataset, pictures)
-    results["average"] = round(float(np.mean([r["miou"] for r in results["datasets"].values()])), 4)
+            print(f"{dataset.name}: mIoU {report.number(result['miou'])} over {result['images']} images", flush=True)
     if rank == 0:
-        report.write_results(args.out, results)
+        print(f"{Path(args.out, 'results.md')}: average mIoU {report.number(results['average'])}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -388,7 +411,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (data.DataError, gcl.CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all ranks find is said once
+    except (data.DataError, gcl.CheckpointError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what all ranks of a node find is said once
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -10,6 +10,14 @@
 Legend for every shape: B local images, N texts of the global batch, K classes, C embedding size, D width of the ViT,
 L patches, H W mask grid, h w pixels. The paper's letters: t text embeddings, v_d dense CLIP features, v_s the adapter's
 dense embedding. Needs ops.py and adapter.py beside it, torch and open_clip.
+
+>>> config = {"embed_dim": 8, "quick_gelu": True, "text_cfg": {"width": 64, "heads": 1, "layers": 1}}
+>>> clip = build_clip({**config, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2}})
+>>> net, tokens = GCL(clip), tokenizer_of(clip)(["a moon", "a boat"])
+>>> sorted(net(torch.rand(2, 3, 32, 32), tokens))
+['area_neg', 'area_pos', 'gcl_f', 'gcl_v', 'tv_dense', 'tv_mask']
+>>> net.segment(torch.rand(1, 3, 45, 37), net.encode_text(tokens)).shape
+torch.Size([1, 2, 45, 37])
 """
 
 import copy
@@ -109,6 +117,8 @@ class GCL(nn.Module):
         super().__init__()
         if unknown := set(losses) - set(LOSSES):
             raise ValueError(f"unknown loss {sorted(unknown)[0]!r}; choose from {', '.join(LOSSES)}")
+        if isinstance(recipe, str) and recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
         check_vit(clip)
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         self.losses, self.p_pos = tuple(losses), area_prior
@@ -156,7 +166,9 @@ class GCL(nn.Module):
         """One embedding per class: the mean over raw per-template embeddings, then L2-normalised. Returns [K, C]."""
         rows = []
         for name in names:
-            tokens = tokenizer([template.format(name) for template in templates]).to(self.w.device)  # [T, context]
+            tokens = tokenizer([template.replace("{}", name) for template in templates]).to(
+                self.w.device
+            )  # [T, context]
             if tokens.max() >= self.clip.vocab_size:
                 raise CheckpointError(f"the tokenizer is larger than this CLIP's vocabulary ({self.clip.vocab_size})")
             rows.append(full(self.clip.encode_text(tokens)).mean(0))  # [T, C] -> [C]
@@ -278,8 +290,8 @@ class GCL(nn.Module):
     def preserved_masks(self, v_d, t, size):
         """M_KP, the knowledge preservation branch: CLIP's own dense features, head, w = 10, b = -2.5. [B, K, *size]."""
         visual = self.clip.visual
-        v = full(visual.ln_post(v_d.permute(0, 2, 3, 1)) @ visual.proj)  # [B, H, W, C]
-        cosine = torch.einsum("bhwc,kc->bkhw", normalize(v), t)  # [B, K, H, W]
+        v = visual.ln_post(v_d.permute(0, 2, 3, 1).to(visual.proj.dtype)) @ visual.proj  # [B, H, W, C]
+        cosine = torch.einsum("bhwc,kc->bkhw", normalize(full(v)), t)  # [B, K, H, W]
         mask = torch.sigmoid(10.0 * (cosine - 0.25))  # Paper silent: the start values of w and b, as the release
         return F.interpolate(mask, size=size, mode="bilinear", align_corners=False)  # [B, K, *size]
 
@@ -293,13 +305,15 @@ class GCL(nn.Module):
         """
         padded, (left, top) = pad_to_patch(images, self.patch)
         tokens, grid = self.trunk(padded), self.patch_grid(padded)
-        v_s = self.dense_embedding(self.dense_features(tokens, grid, self.block))  # [B, C, 4H, 4W]
-        mask = torch.sigmoid(self.mask_logits(normalize(full(v_s), dim=1), text))  # [B, K, 4H, 4W]
-        mask = refine_at_mask_size(refine, padded, mask)
-        if kp_weight:
-            kp = self.preserved_masks(self.dense_features(tokens, grid), text, mask.shape[-2:])
-            mask = (1 - kp_weight) * mask + kp_weight * kp  # Eq. (14)
-        return to_pixels(mask, padded, images.shape[-2:], left, top)
+        v_d = self.dense_features(tokens, grid)  # [B, D, H, W]
+        v_s = self.dense_embedding(v_d if self.block is None else self.dense_features(tokens, grid, self.block))
+        with torch.autocast(images.device.type, enabled=False):
+            mask = torch.sigmoid(self.mask_logits(normalize(full(v_s), dim=1), text))  # [B, K, 4H, 4W]
+            mask = refine_at_mask_size(refine, padded, mask)
+            if kp_weight:
+                kp = self.preserved_masks(v_d, text, mask.shape[-2:])
+                mask = (1 - kp_weight) * mask + kp_weight * kp  # Eq. (14)
+            return to_pixels(mask, padded, images.shape[-2:], left, top)
 
     @torch.no_grad()
     def segment_maskclip(self, images, text, refine=None):
@@ -307,14 +321,16 @@ class GCL(nn.Module):
         padded, (left, top) = pad_to_patch(images, self.patch)
         grid = self.patch_grid(padded)
         v_d = self.dense_features(self.trunk(padded), grid)  # [B, D, H, W]
-        mask = self.preserved_masks(v_d, text, (4 * grid[0], 4 * grid[1]))  # [B, K, 4H, 4W], the adapter's grid
-        mask = refine_at_mask_size(refine, padded, mask)
-        return to_pixels(mask, padded, images.shape[-2:], left, top)
+        with torch.autocast(images.device.type, enabled=False):
+            mask = self.preserved_masks(v_d, text, (4 * grid[0], 4 * grid[1]))  # [B, K, 4H, 4W], the adapter's grid
+            mask = refine_at_mask_size(refine, padded, mask)
+            return to_pixels(mask, padded, images.shape[-2:], left, top)
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path, **extra):
-        """Writes the trained part; the frozen CLIP is named and fingerprinted, or written too where it has no name.
+        """Writes the trained part, with the name and fingerprint of the frozen CLIP; a CLIP of load_clip that has no
+        weights file is written too, one of your own has to be given again at load.
 
         extra: more entries, plain values and tensors. The file loads with torch.load(path, weights_only=True) and
         appears under its name only when it is complete.
@@ -373,12 +389,32 @@ def check_vit(clip):
     """CheckpointError unless this open_clip model has the plain ViT whose last block can be taken apart."""
     visual = getattr(clip, "visual", None)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    plain = blocks is not None and hasattr(blocks[-1], "ls_1") and hasattr(blocks[-1].attn, "in_proj_weight")
+    plain = blocks is not None and hasattr(blocks[-1], "ls_1") and isinstance(blocks[-1].attn, nn.MultiheadAttention)
     pooled = getattr(visual, "attn_pool", None) is None and getattr(visual, "pool_type", "tok") == "tok"
     if not (plain and pooled and not getattr(visual, "final_ln_after_pool", False)):
-        raise CheckpointError(f"{type(visual).__name__}: GCL needs a ViT with class token, such as ViT-B-16-quickgelu")
-    if blocks[-1].attn.in_proj_weight is None or not getattr(visual.transformer, "batch_first", True):
-        raise CheckpointError("this open_clip version's attention is not supported; install a newer open_clip_torch")
+        raise CheckpointError(f"{type(visual).__name__}: GCL needs a plain ViT with class token, as ViT-B-16-quickgelu")
+    if not getattr(visual.transformer, "batch_first", True):
+        raise CheckpointError("this open_clip's transformer is not batch first; install a newer open_clip_torch")
+
+
+def pick_device(name=None):
+    """torch.device of a name, or the best there is; under torchrun, CUDA takes LOCAL_RANK. Raises CheckpointError."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+    except RuntimeError as error:
+        raise CheckpointError(f"--device {name}: no such device; choose cuda, mps or cpu") from error
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise CheckpointError(
+                f"--device {name or best}: GPU {index} is asked for, {torch.cuda.device_count()} found"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise CheckpointError(f"--device {name}: not available on this machine")
+    return device
 
 
 def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
@@ -398,7 +434,13 @@ def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
         print(f"warning: {pretrained} needs quick_gelu={quick}: corrected in the config of {model}", file=sys.stderr)
         config["quick_gelu"] = quick
     clip = build_clip(config, read_weights(path) if path else None, path)
-    clip.source = {"model": str(model), "pretrained": None if pretrained is None else str(pretrained), "config": config}
+    names = {
+        "model": None if isinstance(model, dict) else str(model),
+        "pretrained": None if pretrained is None else str(pretrained),
+    }
+    # Whole paths, so that a checkpoint finds its CLIP from any folder.
+    clip.source = {k: os.path.abspath(v) if v and os.path.isfile(v) else v for k, v in names.items()}
+    clip.source["config"] = config
     return clip.to(device), tokenizer_of(clip)
 
 
@@ -407,12 +449,12 @@ def tokenizer_of(clip):
     return open_clip.SimpleTokenizer(context_length=clip.context_length)
 
 
-def build_clip(config, state, path):
+def build_clip(config, state=None, path=None):
     """open_clip's CLIP from a model config and a state dict (random weights when None), float32, frozen."""
     try:
         clip = open_clip.CLIP(**copy.deepcopy(config))
-    except (TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"not a model config that open_clip.CLIP takes: {error}") from error
+    except (AssertionError, TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"not a model config that open_clip.CLIP takes: {first_line(error)}") from error
     check_vit(clip)
     if state is not None:
         load_strict(clip, state, path)
@@ -420,19 +462,22 @@ def build_clip(config, state, path):
 
 
 def clip_config(model):
-    """The model config (a dict) of an open_clip name or a JSON file; CheckpointError for neither, or no plain CLIP."""
+    """The model config (a dict) of an open_clip name, a JSON file or a dict; CheckpointError for no plain CLIP."""
+    if isinstance(model, dict):
+        return copy.deepcopy(model)
     if str(model).endswith(".json"):
         try:
             config = json.loads(Path(model).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--model {model}: cannot be read as a model config ({error})") from error
-        config = config.get("model_cfg", config) if isinstance(config, dict) else {}
+        config = config.get("model_cfg", config) if isinstance(config, dict) else None
     else:
-        config = open_clip.get_model_config(str(model))
-        if config is None:
+        if str(model) not in open_clip.list_models():
             raise CheckpointError(f"--model {model}: neither a name that open_clip knows nor a .json file")
-    unsupported = {"custom_text", "multimodal_cfg"} & config.keys() or "hf_tokenizer_name" in config.get("text_cfg", {})
-    if unsupported or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        config = open_clip.get_model_config(str(model))
+    parts = [config.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(config, dict) else [None]
+    plain = all(isinstance(part, dict) for part in parts) and "embed_dim" in config
+    if not plain or {"custom_text", "multimodal_cfg"} & config.keys() or "hf_tokenizer_name" in parts[1]:
         raise CheckpointError(f"--model {model}: not a plain CLIP config (embed_dim, vision_cfg, text_cfg)")
     return config
 
@@ -477,6 +522,8 @@ def read_weights(path):
             state = open_clip.factory.load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and safetensors each raise their own; the file is what is wrong
         raise CheckpointError(f"{path}: not a weights file that can be read ({first_line(error)})") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise CheckpointError(f"{path}: no CLIP state dict; a checkpoint of GCL goes to --checkpoint or --resume")
     extra = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # OpenAI's archive has these beside
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k not in extra}
 
@@ -496,8 +543,9 @@ def load_strict(module, state, path):
 
 
 def fingerprint(clip):
-    """CRC-32 over all CLIP weights as float32: tells apart two CLIPs of one shape."""
-    crc = 0
+    """CRC-32 over heads, activation and all weights as float32: tells apart two CLIPs of one shape."""
+    blocks = [*clip.visual.transformer.resblocks, *clip.transformer.resblocks]
+    crc = zlib.crc32(repr([(block.attn.num_heads, type(block.mlp.gelu).__name__) for block in blocks]).encode())
     for key, value in sorted(clip.state_dict().items()):
         crc = zlib.crc32(value.detach().float().cpu().contiguous().numpy(), zlib.crc32(key.encode(), crc))
     return crc
@@ -539,7 +587,7 @@ class Inert:
 def read_checkpoint(path):
     """The dict of a checkpoint file. Nothing in its pickle is executed: classes that torch does not know are inert."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"--checkpoint {path}: no such file")
+        raise CheckpointError(f"{path}: {'a folder, not a checkpoint' if os.path.isdir(path) else 'no such file'}")
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
@@ -566,6 +614,8 @@ def load(path, model=None, pretrained=None, device="cpu"):
 
 
 def _load_own(checkpoint, path, model, pretrained):
+    if missing := {"clip", "clip_crc", "recipe", "losses", "area_prior"} - checkpoint.keys():
+        raise CheckpointError(f"{path}: an incomplete checkpoint, {sorted(missing)[0]!r} is missing")
     source, state = checkpoint["clip"], checkpoint["model"]
     inside = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
     if inside and not pretrained:
@@ -575,6 +625,8 @@ def _load_own(checkpoint, path, model, pretrained):
         model, pretrained = model or source["model"], pretrained or source["pretrained"]
         if model is None or pretrained is None:
             raise CheckpointError(f"{path}: does not name its CLIP; give --model and --pretrained")
+        if str(model).endswith(".json") and not os.path.isfile(model):
+            model = source["config"]  # the config file has moved, its content is here
         clip, _ = load_clip(model, pretrained)
     net = GCL(clip, Recipe(**checkpoint["recipe"]), checkpoint["losses"], checkpoint["area_prior"])
     restore(net, checkpoint, path)
@@ -589,7 +641,7 @@ def restore(net, checkpoint, path):
         raise CheckpointError(f"{path}: has the recipe {checkpoint['recipe']['name']!r}, not {net.recipe.name!r}")
     load_strict(net, {k: v for k, v in checkpoint["model"].items() if not k.startswith("clip.")}, path)
     if fingerprint(net.clip) != checkpoint["clip_crc"]:
-        raise CheckpointError(f"{path}: was trained on other CLIP weights than these, though the shapes fit")
+        raise CheckpointError(f"{path}: was trained on another CLIP than this one, though the shapes fit")
 
 
 def _load_release(state, path, model, pretrained):

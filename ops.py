@@ -12,7 +12,6 @@ this rank's share: the mean over ranks, which DistributedDataParallel takes of t
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 
 EPS = 1e-6  # Paper silent: the release's floor for L2 norms and mask areas
@@ -22,13 +21,27 @@ def _distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)  # ranks x [B, ...] -> [N, ...]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)  # every rank's loss counts for this rank's rows
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]  # [N, ...] -> [B, ...]
+
+
 def gather(x):
     """Concatenates x of all ranks along the first axis; differentiable, the identity on one rank.
 
     x: [B, ...], the same shape on every rank. Returns [N, ...], rank 0's rows first. The backward pass sums the
     gradients that every rank's loss sends to this rank's rows (a plain all_gather would drop the other ranks' part).
     """
-    return torch.cat(dist_nn.all_gather(x.contiguous())) if _distributed() else x  # [N, ...]
+    return _Gather.apply(x.contiguous()) if _distributed() else x  # [N, ...]
 
 
 def positives(rows):

@@ -36,26 +36,29 @@ def write_text(path, text):
 
 
 def write_results(folder, results):
-    """results.json and results.md of one run."""
+    """results.json and results.md of one run, or of the part of it that is done."""
     write_text(Path(folder, "results.json"), json.dumps(results, indent=1) + "\n")
     write_text(Path(folder, "results.md"), markdown(results))
-    print(f"{Path(folder, 'results.md')}: average mIoU {results['average']:.2f}")
 
 
 def row(name, cells):
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def number(value):
+    return "" if value is None else f"{value:.1f}"
+
+
 def markdown(results):
     """The run beside the paper's Table 1 where it has benchmarks; its own sets; IoU per class."""
     settings, sets = results["settings"], results["datasets"]
-    lines = [f"# mIoU, {settings['method'] if not settings['predictions'] else settings['predictions']}", ""]
-    if not settings["unified_protocol"]:
+    lines = [f"# mIoU, {settings['method'] or settings['predictions']}", ""]
+    if settings["unified_protocol"] is False:
         lines += [
             "**Outside the unified protocol**: these settings differ from it, so do not compare with the paper.",
             "",
         ]
-    partial = [name for name, r in sets.items() if r["images"] != (r["full"] or r["images"]) or settings["limit"]]
+    partial = [name for name, r in sets.items() if r["images"] != (r["full"] or r["images"])]
     if partial:
         lines += [f"**Partial**: only some of the images of {', '.join(partial)}.", ""]
     lines += [f"`{json.dumps(settings)}`", ""]
@@ -66,14 +69,13 @@ def markdown(results):
         "|---" * 5 + "|",
     ]
     for name, r in sets.items():
-        part = "" if r["partial_miou"] is None else f"{r['partial_miou']:.1f}"
         best = max(r["sweep"].items(), key=lambda item: item[1]) if "sweep" in r else None
         sweep = "" if best is None else f"{best[1]:.1f} at {best[0]}"
         mark = " (partial)" if name in partial else ""
-        lines.append(row(name + mark, (f"{r['miou']:.1f}", str(r["images"]), part, sweep)))
+        lines.append(row(name + mark, (number(r["miou"]), str(r["images"]), number(r["partial_miou"]), sweep)))
     for name, r in sets.items():
         lines += ["", f"## {name}", "", row("class", ("IoU",)), "|---|---|"]
-        lines += [row(c, ("" if v is None else f"{v:.1f}",)) for c, v in r["iou"].items()]
+        lines += [row(c, (number(v),)) for c, v in r["iou"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -81,8 +83,8 @@ def table_1(sets, partial):
     """This run under the rows of Table 1; an average only where all eight sets are there."""
     lines = [row("Table 1 (the paper's figures)", (*TITLES, "Avg.")), "|---" * (len(COLUMNS) + 2) + "|"]
     lines += [row(name, [f"{v:.1f}" for v in values]) for name, values in TABLE_1.items()]
-    cells = [f"{sets[c]['miou']:.1f}{' (partial)' if c in partial else ''}" if c in sets else "" for c in COLUMNS]
-    whole = all(c in sets for c in COLUMNS)
+    cells = [number(sets[c]["miou"]) + " (partial)" * (c in partial) if c in sets else "" for c in COLUMNS]
+    whole = all(c in sets and sets[c]["miou"] is not None for c in COLUMNS)
     average = f"{np.mean([sets[c]['miou'] for c in COLUMNS]):.1f}{' (partial)' if partial else ''}" if whole else ""
     return [*lines, row("**this run**", (*cells, average)), ""]
 

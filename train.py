@@ -72,22 +72,12 @@ def parse_args(argv=None):
     return args
 
 
-def pick_device(args):
-    """(device, rank, ranks), the latter two from torchrun's environment."""
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device or best)
-    if device.type == "cuda":
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    return device, rank, ranks
-
-
 def precision_of(args, device):
     """(autocast dtype or None, GradScaler): float16 needs its loss scaled, bfloat16 and float32 do not."""
     name = args.precision
     if name == "auto":
-        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
@@ -121,7 +111,7 @@ def learning_rate(step, args):
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_loader(args, net, tokenizer, start, rank, ranks):
+def build_loader(args, net, tokenizer, start, rank, ranks, device):
     """Batches of this rank from a step on: images [B, 3, h, w], tokens [B, context], noise [B, 1, H, W], replaced."""
     size = args.image_size or max(net.clip.visual.image_size)
     if size % net.patch:
@@ -130,7 +120,11 @@ def build_loader(args, net, tokenizer, start, rank, ranks):
     transform = data.train_transform(size, net.recipe.norm, net.recipe.strong_augmentation)
     pairs = data.PairDataset(data.expand_shards(args.data), transform, tokenizer, mask_size, args.seed)
     order = data.GlobalOrder(len(pairs), args.batch_size, args.steps, args.seed, start, rank, ranks)
-    return DataLoader(pairs, batch_sampler=order, num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(pairs, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda")
+
+
+SAME_RUN = ("data", "recipe", "losses", "lambda_gcl", "lambda_area", "lambda_tv", "area_prior", "batch_size", "lr")
+SAME_RUN += ("min_lr", "scalar_lr_mult", "weight_decay", "steps", "warmup_steps", "clip_grad", "image_size", "seed")
 
 
 def restore(net, optimizer, scaler, args):
@@ -139,16 +133,16 @@ def restore(net, optimizer, scaler, args):
     if args.resume == "never" or (args.resume == "auto" and not path.is_file()):
         return 0
     checkpoint = gcl.read_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "scaler", "step", "args"} <= checkpoint.keys():
         raise gcl.CheckpointError(f"{path}: has no optimiser state, so training cannot go on from it")
+    for name in SAME_RUN:
+        if checkpoint["args"].get(name) != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} {checkpoint['args'].get(name)}"
+            raise gcl.CheckpointError(f"{path}: was trained with {flag}; give the same, or another --out")
     gcl.restore(net, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    changed = [k for k in ("data", "batch_size", "seed", "losses") if checkpoint["args"][k] != getattr(args, k)]
-    if changed:
-        raise gcl.CheckpointError(
-            f"{path}: was trained with another --{changed[0].replace('_', '-')}; use another --out"
-        )
+    if checkpoint["scaler"]:  # empty unless the run was in float16
+        scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["step"]
 
 
@@ -214,27 +208,40 @@ def log_record(step, losses, norm, net, optimizer, args, speed):
 
 
 def start_run(args):
-    """All that stands before the first step, cheapest checks first, as a namespace."""
+    """All that stands before the first step, as a namespace; nothing is written before all of it has succeeded."""
     data.expand_shards(args.data)
-    device, rank, ranks = pick_device(args)
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = gcl.pick_device(args.device)
     torch.manual_seed(args.seed)
     clip, tokenizer = gcl.load_clip(args.model, args.pretrained, device)
+    if tokenizer.vocab_size > clip.vocab_size:
+        raise gcl.CheckpointError(f"--model {args.model}: its vocabulary is smaller than CLIP's tokenizer needs")
     net = gcl.GCL(clip, args.recipe, args.losses, args.area_prior).train()
     optimizer = build_optimizer(net, args)
     dtype, scaler = precision_of(args, device)
     start = restore(net, optimizer, scaler, args)
-    loader = build_loader(args, net, tokenizer, start, rank, ranks)
+    loader = build_loader(args, net, tokenizer, start, rank, ranks, device)
     net.set_trainable(start)
     if rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        settings = vars(args) | {"ranks": ranks, "torch": torch.__version__, "pairs": len(loader.dataset)}
-        Path(args.out, "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        begin_logs(args, start, {"ranks": ranks, "torch": torch.__version__, "pairs": len(loader.dataset)})
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         what = f"{len(loader.dataset):,} pairs, {trained:,} trained parameters, {ranks} rank(s) on {device}"
         print(f"{what}, {dtype or torch.float32}, steps {start} to {args.steps}", flush=True)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return SimpleNamespace(**locals())
+
+
+def begin_logs(args, start, facts):
+    """config.json, and log.jsonl cut back to the step that the run goes on from."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    old = (out / "log.jsonl").read_text().splitlines() if start and (out / "log.jsonl").is_file() else []
+    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+    config = json.dumps(vars(args) | facts, indent=1)
+    for name, lines in (("config.json", [config]), ("log.jsonl", kept)):
+        (out / (name + ".tmp")).write_text("".join(line + "\n" for line in lines))
+        os.replace(out / (name + ".tmp"), out / name)
 
 
 def main(args):
@@ -278,8 +285,8 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (data.DataError, gcl.CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all ranks find is said once
+    except (data.DataError, gcl.CheckpointError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what all ranks of a node find is said once
             # A loader process sends its whole traceback as the message; the last line is what happened.
             print(f"error: {str(error).splitlines()[-1].removeprefix('data.DataError: ')}", file=sys.stderr)
         sys.exit(1)

@@ -128,11 +128,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(world, trained):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert read(out / "last.pt")["step"] == 3
+    step = read(out / "last.pt")["step"]
+    assert step in (3, 6)  # 6 on a machine so loaded that the run ended before the signal
     again = run("train.py", *data, *SHORT, *CPU, "--out", out)
-    assert again.returncode == 0 and "steps 3 to 6" in again.stdout
+    assert again.returncode == 0 and f"steps {step} to 6" in again.stdout
     whole, resumed = read(trained / "last.pt"), read(out / "last.pt")
     assert same(whole["model"], resumed["model"]) and same(whole["optimizer"], resumed["optimizer"])
+    log = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log == [2, 4, 6]
     done = run("train.py", *data, *SHORT, *CPU, "--out", out)
     assert done.returncode == 0 and same(read(out / "last.pt")["model"], whole["model"])
 
@@ -241,6 +244,9 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
         (["--steps", "5"], "1", "--warmup-steps 15000 must lie between 0 and --steps 5"),
         (["--lr", "1e-6"], "1", "--min-lr 1e-05 must lie between 0 and --lr 1e-06"),
         (["--losses", "gcl"], "1", "invalid choice: 'gcl'"),
+        (["--seed", "-1"], "1", "cannot be negative"),
+        (["--image-size", "0"], "1", "--image-size must be at least 1"),
+        (["--out", __file__], "1", "is a file, not a folder"),
         (["--batch", "4", "--bogus"], "1", "unrecognized arguments: --bogus"),
     ],
 )
@@ -265,7 +271,9 @@ def test_wrong_data_is_explained_before_anything_is_written(world, trained, tmp_
         ([*data, "--image-size", 33], "--image-size 33 is not a multiple"),
         ([*data, "--resume", tmp_path / "no.pt"], "no.pt: no such file"),
         ([*data, "--model", other[0], "--pretrained", other[1], "--resume", trained / "last.pt"], "(32,)"),
-        ([*data, "--seed", 1, "--resume", trained / "last.pt"], "was trained with another --seed"),
+        ([*data, "--seed", 1, "--resume", trained / "last.pt"], "was trained with --seed 0"),
+        ([*data, "--lambda-tv", 0, "--resume", trained / "last.pt"], "was trained with --lambda-tv 1.0"),
+        ([*data, "--pretrained", trained / "last.pt"], "no CLIP state dict"),
     ]
     for args, words in refuse:
         result = run("train.py", *args, *SHORT, *CPU, "--out", tmp_path / "out", **offline)

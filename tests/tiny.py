@@ -83,9 +83,7 @@ def make_set(folder, n=5, background=False, sizes=((40, 32), (32, 48)), **spec):
 
 def run(script, *args, ranks=1, **environment):
     """A script of the project as a subprocess, under torchrun for several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    if ranks > 1:
-        launcher += ["--master_port", str(29500 + os.getpid() % 500)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""adapter.py against plain loops written from Appendix A."""
+
+import math
+
+import pytest
+import torch
+from conftest import close
+
+from adapter import Adapter, GatedBlock
+
+
+def randomize(module, seed=0):
+    """Every parameter away from its start, so that none hides behind an identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return module.double()
+
+
+def loop_block(x, norm_weight, norm_bias, weight, bias, gate):
+    """x + tanh(g) * Conv3x3(GELU(LayerNorm over channels)), zeros outside; x [D][H][W] and all parameters as lists."""
+    depth, height, width = len(x), len(x[0]), len(x[0][0])
+    y = [[[0.0] * width for _ in range(height)] for _ in range(depth)]
+    for h in range(height):
+        for w in range(width):
+            column = [x[d][h][w] for d in range(depth)]
+            mean = sum(column) / depth
+            variance = sum((value - mean) ** 2 for value in column) / depth
+            for d in range(depth):
+                z = (column[d] - mean) / math.sqrt(variance + 1e-5) * norm_weight[d] + norm_bias[d]
+                y[d][h][w] = z * (1 + math.erf(z / math.sqrt(2))) / 2
+    out = [[[0.0] * width for _ in range(height)] for _ in range(depth)]
+    for o in range(depth):
+        for h in range(height):
+            for w in range(width):
+                total = bias[o]
+                for d in range(depth):
+                    for i in range(3):
+                        for j in range(3):
+                            if 0 <= h + i - 1 < height and 0 <= w + j - 1 < width:
+                                total += weight[o][d][i][j] * y[d][h + i - 1][w + j - 1]
+                out[o][h][w] = x[o][h][w] + math.tanh(gate) * total
+    return out
+
+
+def loop_of(block, x):
+    parameters = (block.norm.weight, block.norm.bias, block.conv.weight, block.conv.bias, block.gate)
+    return torch.tensor([loop_block(m, *(p.tolist() for p in parameters)) for m in x.tolist()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3e-3])  # the small one makes the floor of LayerNorm's variance matter
+def test_gated_block_is_the_appendix_equation(spread):
+    """Eq. (13), x' = x + tanh(g) Conv(x)."""
+    block, x = randomize(GatedBlock(3)), spread * torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    close(block(x), loop_of(block, x), rtol=1e-10, atol=1e-10)
+
+
+def nearest_x2(x):
+    """[B, D, H, W] -> [B, D, 2H, 2W]"""
+    rows = [torch.stack([x[..., h // 2, w // 2] for w in range(2 * x.shape[-1])], -1) for h in range(2 * x.shape[-2])]
+    return torch.stack(rows, -2)
+
+
+def test_adapter_is_two_stages_of_upsampling_and_two_blocks():
+    adapter, x = randomize(Adapter(2)), torch.randn(1, 2, 2, 1, dtype=torch.float64)
+    expected = x
+    for stage in adapter.stages:
+        expected = loop_of(stage[2], loop_of(stage[1], nearest_x2(expected)))
+    assert expected.shape == (1, 2, 8, 4)
+    close(adapter(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(14, 14), (3, 5), (1, 7)])
+def test_untrained_adapter_only_upsamples(size):
+    x = torch.randn(2, 8, *size)
+    upsampled = Adapter(8)(x)
+    assert upsampled.shape == (2, 8, 4 * size[0], 4 * size[1])
+    for h in range(4 * size[0]):
+        for w in range(4 * size[1]):
+            assert torch.equal(upsampled[:, :, h, w], x[:, :, h // 4, w // 4])
+
+
+def test_untrained_adapter_learns_through_its_gates():
+    adapter = Adapter(4)
+    adapter(torch.randn(1, 4, 2, 3)).square().sum().backward()
+    for name, p in adapter.named_parameters():
+        assert bool(p.grad.abs().sum() > 0) == name.endswith("gate"), name
+
+
+def test_adapter_has_these_parameters():
+    names = ["gate", "norm.weight", "norm.bias", "conv.weight", "conv.bias"]
+    expected = {f"stages.{stage}.{block}.{name}" for stage in (0, 1) for block in (1, 2) for name in names}
+    adapter = Adapter(6)
+    assert {name for name, _ in adapter.named_parameters()} == set(adapter.state_dict()) == expected
+    assert sum(p.numel() for p in adapter.parameters()) == 4 * (1 + 2 * 6 + 9 * 6 * 6 + 6)
+    assert all(p.shape == () and p == 0 for name, p in adapter.named_parameters() if name.endswith("gate"))

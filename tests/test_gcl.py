@@ -1,0 +1,1107 @@
+# SPDX-License-Identifier: MIT
+"""gcl.py: the golden tensors of the released model, plain loops written from the paper, and every file it reads."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLIP_JSON, CLIP_WEIGHTS, RELEASE, RELEASE_STRIPPED, close, golden, run_ranks
+from safetensors.torch import save_file
+from test_ops import loop_info_nce
+
+import gcl
+import ops
+from pamr import pamr
+
+CONFIG = {  # shaped unlike the golden CLIP: other patch, heads, context, and patches that do not divide 64
+    "embed_dim": 20,
+    "vision_cfg": {"image_size": 35, "layers": 3, "width": 48, "head_width": 24, "patch_size": 7},
+    "text_cfg": {"context_length": 11, "vocab_size": 60, "width": 40, "heads": 4, "layers": 2},
+}
+ACTIVE = ("gcl_v", "gcl_f", "cl")
+
+
+def shake(parameters, size=0.05):
+    """Moves every parameter off its start, so that none hides behind an identity."""
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(size * torch.randn(p.shape))
+
+
+def write_config(folder, vision=(), **changes):
+    path = Path(folder) / "clip.json"
+    path.write_text(json.dumps({**CONFIG, **changes, "vision_cfg": {**CONFIG["vision_cfg"], **dict(vision)}}))
+    return str(path)
+
+
+def make_clip(folder, vision=(), **changes):
+    """A small random CLIP of CONFIG with changes."""
+    clip, _ = gcl.load_clip(write_config(folder, vision, **changes), pretrained=None)
+    shake(clip.parameters())
+    return clip
+
+
+def make_net(folder, recipe="paper", losses=ACTIVE, area_prior=0.4, vision=(), **changes):
+    """A GCL on it whose adapter, head, block and scalars have moved too."""
+    net = gcl.GCL(make_clip(folder, vision, **changes), recipe, losses, area_prior)
+    shake((p for p in net.parameters() if p.requires_grad), size=0.2)
+    return net
+
+
+def make_batch(n=3, height=35, width=35, context=11):
+    """images [n, 3, height, width], tokens [n, context] that end with the largest number, as CLIP's do."""
+    tokens = torch.zeros(n, context, dtype=torch.int64)
+    for i in range(n):
+        tokens[i, : 4 + i] = torch.randint(1, 58, (4 + i,))
+        tokens[i, 4 + i] = 59
+    return torch.randn(n, 3, height, width), tokens
+
+
+def files_in(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+@pytest.fixture(scope="module")
+def z():
+    return golden("forward_A")
+
+
+@pytest.fixture(scope="module")
+def seg():
+    return golden("segment_A")
+
+
+@pytest.fixture(scope="module")
+def released():
+    """The released model of the golden tensors; read it, do not change it."""
+    return gcl.load(RELEASE)
+
+
+def embed(net, images):
+    """Dense embedding [B, C, 4H, 4W], not normalised, as forward and segment compute it."""
+    return net.dense_embedding(net.dense_features(net.trunk(images), net.patch_grid(images), net.block))
+
+
+# ---- the released model, tensor by tensor -------------------------------------------------------------------------
+
+
+def test_encoders_have_the_golden_features(released, z):
+    """Eq. (3): text embedding, global image embedding and dense features of the frozen CLIP."""
+    close(released.encode_text(z["tokens"]), gcl.normalize(z["text_emb"]))
+    tokens = released.trunk(z["image"])
+    close(tokens.transpose(0, 1), z["image_feat"])
+    close(released.dense_features(tokens, (8, 8)), z["dense_feat"])
+    close(released.dense_features(tokens, (8, 8), released.block), z["masker_backbone_feat"])
+    close(released.global_embedding(z["image"]), gcl.normalize(z["clip_global"]))
+    close(released.global_embedding(z["image"] * z["fixed_mask"]), gcl.normalize(z["clip_global_masked"]))
+
+
+def test_preserved_masks_are_of_the_golden_features(released, z):
+    t = gcl.normalize(z["text_emb"])
+    cosine = torch.einsum("bchw,kc->bkhw", F.normalize(z["kp_feat"], dim=1), t)
+    close(released.preserved_masks(z["dense_feat"], t, (8, 8)), torch.sigmoid(10 * cosine - 2.5))
+
+
+def test_adapter_and_head_have_the_golden_embedding(released, z):
+    """Eq. (4): both stages of the adapter, then the head."""
+    first = released.adapter.stages[0](z["masker_backbone_feat"])
+    close(first[:1], z["decoder_block0_img0"])
+    close(released.adapter.stages[1](first)[:1], z["decoder_block1_img0"])
+    close(released.dense_embedding(z["masker_backbone_feat"]), z["image_emb"])
+
+
+def test_masks_of_all_pairs_are_golden(released, z):
+    v_n, t = gcl.normalize(embed(released, z["image"]), dim=1), released.encode_text(z["tokens"])
+    logits = released.mask_logits(v_n, t)
+    close((logits - released.b) / released.w, z["simmap"])
+    close(torch.sigmoid(logits), z["soft_mask"])
+    assert ((torch.sigmoid(logits) > 0.5).float() == z["hard_mask"]).float().mean() > 0.999
+    close(ops.masked_pool(z["image_emb"], z["soft_mask"]), z["pooled_emb"])
+
+
+def half_noise(net, images):
+    """With noise 0.5 the logistic noise is 0: the sample is soft > 0.5."""
+    height, width = net.patch_grid(images)
+    return torch.full((len(images), 1, 4 * height, 4 * width), 0.5)
+
+
+def test_masked_images_are_golden(released, z, monkeypatch):
+    seen, encode = [], released.global_embedding
+    monkeypatch.setattr(released, "global_embedding", lambda images: seen.append(encode(images)) or seen[-1])
+    released(z["image"], z["tokens"], half_noise(released, z["image"]))
+    close(seen[0], gcl.normalize(z["masked_img_emb_det"]))
+
+
+LOSS_KEYS = {"gcl_f": "tclf", "gcl_v": "tcli", "area_pos": "area_pos", "area_neg": "area_neg"}
+LOSS_KEYS |= {"tv_dense": "tv_img", "tv_mask": "tv_mask"}
+GROUPS = {"gcl_f": 0.1, "gcl_v": 0.1, "area_pos": 0.4, "area_neg": 0.4, "tv_dense": 1.0, "tv_mask": 1.0}
+
+
+def test_losses_with_the_deterministic_mask_are_golden(released, z):
+    losses = released(z["image"], z["tokens"], half_noise(released, z["image"]))
+    assert losses.keys() == LOSS_KEYS.keys()
+    for name, key in LOSS_KEYS.items():
+        close(losses[name], z[f"loss_raw_{key}"])
+        close(gcl.total_loss({name: losses[name]}), z[f"loss_w_{key}"])
+    close(gcl.total_loss(losses), z["loss_total_det"])
+
+
+def diagonal_noise(z):
+    return torch.stack([z["u"][i, i] for i in range(4)]).unsqueeze(1)
+
+
+def our_name(name):
+    """Our parameter name of the release's."""
+    name = name.replace("masker.image_encoder.backbone.transformer.resblocks.2.", "block.")
+    name = re.sub(r".*decoder\.net\.(\d)\.conv(2?)\.", lambda m: f"adapter.stages.{m[1]}.{m[2] or 1}.", name)
+    name = name.replace("masker.image_encoder.decoder.image_proj.ln", "head.ln_post").replace("gate.gate", "gate")
+    name = name.replace("masker.image_encoder.decoder.image_proj.proj", "head.proj").replace("masker.sim2mask.", "")
+    return re.sub(r"tcl([if])_loss\.logit_scale", lambda m: "log_scale.gcl_" + {"i": "v", "f": "f"}[m[1]], name)
+
+
+def gradients(net):
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("prefix, step", [("train", 0), ("train", 29_999), ("ft", 30_000)])
+def test_training_step_has_the_golden_losses_and_gradient_norms(z, prefix, step):
+    net = gcl.load(RELEASE)
+    assert net.set_trainable(step) == (prefix == "ft")
+    losses = net(z["image"], z["tokens"], diagonal_noise(z))
+    for name, key in LOSS_KEYS.items():
+        close(GROUPS[name] * losses[name], z[f"train_loss_w_{key}"])
+    total = gcl.total_loss(losses)
+    close(total, z["train_loss_total"])
+    total.backward()
+    expected = dict(zip(map(our_name, z[f"{prefix}_trainable_names"]), z[f"{prefix}_grad_norms"], strict=True))
+    ours = gradients(net)
+    assert ours.keys() == expected.keys() == {k for k, p in net.named_parameters() if p.requires_grad}
+    for name, norm in expected.items():
+        close(ours[name].norm(), norm)
+    if prefix == "ft":
+        close(ours["block.attn.in_proj_bias"], z["ft_grad_in_proj_bias"])
+        close(ours["block.attn.out_proj.weight"], z["ft_grad_out_proj_weight"])
+    else:
+        close(torch.cat([g.flatten() for g in ours.values()]).norm(), z["train_grad_global_norm"])
+
+
+def gates(net):
+    return [block.gate for stage in net.adapter.stages for block in (stage[1], stage[2])]
+
+
+def test_training_step_has_the_golden_gradients(z):
+    net = gcl.load(RELEASE)
+    gcl.total_loss(net(z["image"], z["tokens"], diagonal_noise(z))).backward()
+    close(torch.stack([gate.grad for gate in gates(net)]), z["grad_gates"])
+    close(net.w.grad, z["grad_sim2mask_w"])
+    close(net.b.grad, z["grad_sim2mask_b"])
+    close(net.log_scale["gcl_v"].grad, z["grad_tcli_logit_scale"])
+    close(net.log_scale["gcl_f"].grad, z["grad_tclf_logit_scale"])
+    close(net.adapter.stages[0][1].conv.weight.grad, z["grad_conv0_weight"])
+    close(net.head.proj.grad, z["grad_image_proj_proj"])
+    close(net.head.ln_post.weight.grad, z["grad_image_proj_ln_weight"])
+
+
+@pytest.mark.parametrize("name", LOSS_KEYS)
+def test_every_loss_alone_has_its_golden_gradients(z, name):
+    net = gcl.load(RELEASE)
+    loss = gcl.total_loss({name: net(z["image"], z["tokens"], diagonal_noise(z))[name]})
+    grads = torch.autograd.grad(loss, [net.w, net.b, *gates(net)], allow_unused=True)
+    ours = torch.stack([torch.zeros(()) if g is None else g for g in grads])
+    close(ours, z["grad_per_loss"][z["grad_per_loss_names"].index(LOSS_KEYS[name])])
+
+
+# ---- segmentation with the released model -------------------------------------------------------------------------
+
+
+class GoldenTokenizer:
+    """Turns the prompt "class:template" into the golden tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.prompts = tokens, []
+
+    def __call__(self, prompts):
+        self.prompts += prompts
+        return torch.stack([self.tokens[int(p.split(":")[0]), int(p.split(":")[1])] for p in prompts])
+
+
+@pytest.fixture(scope="module")
+def text(released, seg):
+    templates = ["{}:0", "{}:1", "{}:2"]
+    return released.encode_classes(list("01234"), GoldenTokenizer(seg["cls_tokens"]), templates)
+
+
+def agree(masks, labels, background):
+    """99.9 % of the labels with a constant background channel in front."""
+    channels = torch.cat([torch.full_like(masks[:, :1], background), masks], dim=1)
+    assert (channels.argmax(1) == labels).float().mean() >= 0.999
+
+
+def test_class_embeddings_are_the_normalised_mean_over_raw_prompts(released, seg, text):
+    close(text, seg["text_embedding"])
+    raw = released.clip.encode_text(seg["cls_tokens"].flatten(0, 1)).unflatten(0, (5, 3))
+    close(text, F.normalize(raw.mean(1), dim=-1))
+    assert (text - F.normalize(F.normalize(raw, dim=-1).mean(1), dim=-1)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kp", ["0", "0.3"])
+@pytest.mark.parametrize("refined", [0, 1])
+def test_masks_and_labels_of_an_odd_image_are_golden(released, seg, text, refined, kp):
+    masks = released.segment(seg["image"], text, refine=pamr if refined else None, kp_weight=float(kp))
+    close(masks, seg[f"mask_pamr{refined}_kp{kp}"])
+    agree(masks, seg[f"labels_bg_pamr{refined}_kp{kp}"], background=0.4 if refined else 0.5)
+
+
+@pytest.mark.parametrize("refined", [0, 1])
+def test_masks_and_labels_of_a_native_image_are_golden(released, seg, text, refined):
+    masks = released.segment(seg["image2"], text, refine=pamr if refined else None)
+    close(masks, seg[f"mask2_pamr{refined}_kp0.3"])
+    agree(masks, seg[f"labels_bg2_pamr{refined}_kp0.3"], background=0.4 if refined else 0.5)
+
+
+def test_masks_of_plain_tokens_are_golden(released, seg):
+    masks = released.segment(seg["image2"], released.encode_text(seg["cls_tokens"][:, 0]))
+    close(masks, seg["mask2_tokenroute_pamr0_kp0.3"])
+
+
+@pytest.mark.parametrize("which", ["", "2"])
+def test_padding_and_similarity_maps_are_golden(released, seg, text, which):
+    image, (left, right, top, bottom) = seg[f"image{which}"], seg[f"pad_lrtb{which}"].tolist()
+    padded, offset = gcl.pad_to_patch(image, 8)
+    assert offset == (left, top)
+    close(padded, F.pad(image, (left, right, top, bottom)), rtol=0, atol=0)
+    similarity = torch.einsum("bchw,kc->bkhw", gcl.normalize(embed(released, padded), dim=1), text)
+    close(similarity, seg[f"simmap{which}"])
+
+
+def test_stripped_release_with_clip_beside_it_gives_the_same_masks(released, seg, text):
+    stripped = gcl.load(RELEASE_STRIPPED, model=CLIP_JSON, pretrained=CLIP_WEIGHTS)
+    assert stripped.recipe == gcl.RECIPES["release"] and not stripped.training
+    assert torch.equal(stripped.segment(seg["image"], text, pamr), released.segment(seg["image"], text, pamr))
+
+
+# ---- the paper's equations, as loops ------------------------------------------------------------------------------
+
+
+def loop_masks(v_s, t, w, b):
+    masks = torch.zeros(len(v_s), len(t), *v_s.shape[2:])
+    for i, j, y, x in itertools.product(*map(range, masks.shape)):
+        v = v_s[i, :, y, x]
+        masks[i, j, y, x] = 1 / (1 + math.exp(-(w * float(t[j] @ v) / float(v.norm()) + b)))
+    return masks
+
+
+def loop_pooled_cosine(dense, mask, text):
+    above, below = torch.zeros(dense.shape[0]), 0.0
+    for y, x in itertools.product(range(dense.shape[1]), range(dense.shape[2])):
+        above, below = above + mask[y, x] * dense[:, y, x], below + mask[y, x]
+    v_f = above / below
+    return float(v_f @ text) / float(v_f.norm())
+
+
+class Case:
+    """A small net, a batch at CLIP's native size, and everything the losses are made of."""
+
+    def __init__(self, folder, recipe="paper"):
+        self.net = make_net(folder, recipe, area_prior=0.3)
+        self.images, self.tokens = make_batch()
+        self.noise = torch.rand(3, 1, 20, 20)
+        with torch.no_grad():
+            self.losses = self.net(self.images, self.tokens, self.noise)
+            self.t = self.net.encode_text(self.tokens)
+            self.v_s = embed(self.net, self.images)
+            self.masks = loop_masks(self.v_s, self.t, float(self.net.w), float(self.net.b))
+            self.dense = F.normalize(self.v_s, dim=1) if recipe == "paper" else self.v_s
+
+    def info_nce(self, similarity, name):
+        return loop_info_nce(similarity, math.exp(float(self.net.log_scale[name].detach())))
+
+
+@pytest.fixture(scope="module", params=["paper", "release"])
+def case(request, tmp_path_factory):
+    torch.manual_seed(1)
+    return Case(tmp_path_factory.mktemp("clip"), request.param)
+
+
+def test_masks_are_sigmoids_of_scaled_cosines(case):
+    """Eq. (5)"""
+    v_n = gcl.normalize(case.v_s, dim=1)
+    close(torch.sigmoid(case.net.mask_logits(v_n, case.t)), case.masks)
+
+
+def test_masks_start_at_10_cosine_minus_2_5_and_temperatures_at_007(tmp_path):
+    net = gcl.GCL(make_clip(tmp_path))
+    assert net.w == 10.0 and net.b == -2.5 and net.p_pos == 0.4
+    close(torch.stack([torch.exp(-scale) for scale in net.log_scale.values()]), [0.07] * 3)
+    assert net.log_scale.keys() == {"gcl_v", "gcl_f", "cl"}
+
+
+def test_image_level_loss_is_info_nce_of_masked_images(case):
+    """Eq. (6): the image under a sample of its own text's mask, through open_clip's own encoder."""
+    similarity = torch.zeros(3, 3)
+    for i in range(3):
+        own = case.masks[i, i]
+        masked = torch.zeros(3, 35, 35)
+        for y, x in itertools.product(range(35), range(35)):
+            p, u = float(own[y * 20 // 35, x * 20 // 35]), float(case.noise[i, 0, y * 20 // 35, x * 20 // 35])
+            keep = math.log(p / (1 - p)) + math.log(u / (1 - u)) > 0
+            masked[:, y, x] = case.images[i, :, y, x] * keep
+        with torch.no_grad():
+            v_g = F.normalize(case.net.clip.encode_image(masked[None]), dim=-1)[0]
+        for j in range(3):
+            similarity[i, j] = v_g @ case.t[j]
+    close(case.losses["gcl_v"], case.info_nce(similarity.tolist(), "gcl_v"))
+
+
+def test_feature_level_loss_is_info_nce_of_pooled_pairs(case):
+    """Eq. (9): S_ij is the cosine of t_j, not t_i, and image i pooled over the mask of text j."""
+    similarity = [[loop_pooled_cosine(case.dense[i], case.masks[i, j], case.t[j]) for j in range(3)] for i in range(3)]
+    close(case.losses["gcl_f"], case.info_nce(similarity, "gcl_f"))
+    wrong = [[loop_pooled_cosine(case.dense[i], case.masks[i, j], case.t[i]) for j in range(3)] for i in range(3)]
+    assert abs(case.info_nce(similarity, "gcl_f") - case.info_nce(wrong, "gcl_f")) > 1e-3
+
+
+def test_plain_loss_pools_with_a_mask_of_ones(case):
+    ones = torch.ones(20, 20)
+    similarity = [[loop_pooled_cosine(case.dense[i], ones, case.t[j]) for j in range(3)] for i in range(3)]
+    close(case.losses["cl"], case.info_nce(similarity, "cl"))
+
+
+def test_priors_are_of_all_masks_and_the_recipes_dense_embedding(case):
+    positive = torch.stack([case.masks[i, i] for i in range(3)]).mean()
+    negative = torch.stack([case.masks[i, j] for i in range(3) for j in range(3) if i != j]).mean()
+    close(case.losses["area_pos"], abs(0.3 - positive))
+    close(case.losses["area_neg"], negative)
+    close(case.losses["tv_mask"], ops.total_variation(case.masks))
+    close(case.losses["tv_dense"], ops.total_variation(case.dense))
+
+
+def test_total_loss_weighs_three_groups():
+    """Eq. (12), with the paper's weights by default."""
+    losses = {
+        "gcl_v": 1.0,
+        "gcl_f": 2.0,
+        "cl": 4.0,
+        "area_pos": 8.0,
+        "area_neg": 16.0,
+        "tv_mask": 32.0,
+        "tv_dense": 64.0,
+    }
+    assert gcl.total_loss(losses) == pytest.approx(0.1 * (1 + 2 + 4) + 0.4 * (8 + 16) + 1.0 * (32 + 64))
+    assert gcl.total_loss(losses, {"gcl": 3, "area": 5, "tv": 7}) == 3 * 7 + 5 * 24 + 7 * 96
+    assert gcl.total_loss(losses, {"tv": 0.0}) == pytest.approx(0.1 * 7 + 0.4 * 24)
+
+
+def test_forward_draws_its_own_noise(case):
+    torch.manual_seed(3)
+    first = case.net(case.images, case.tokens)
+    torch.manual_seed(3)
+    again = case.net(case.images, case.tokens, torch.rand(3, 1, 20, 20))
+    assert first["gcl_v"] == again["gcl_v"] != case.net(case.images, case.tokens)["gcl_v"]
+    assert first["gcl_f"] == case.losses["gcl_f"]
+
+
+def paired_and_permuted(net, images, t, name, monkeypatch):
+    """The loss of the right pairing, and of all five others of three pairs."""
+    tokens, losses = torch.zeros(3, 11, dtype=torch.int64), []
+    for order in itertools.permutations(range(3)):
+        monkeypatch.setattr(net, "encode_text", lambda _, order=order: t[list(order)])
+        losses.append(net(images, tokens, half_noise(net, images))[name].item())
+    return losses[0], losses[1:]
+
+
+def test_plain_contrast_bounds_the_information_of_whole_images_and_texts(tmp_path, monkeypatch):
+    """Eq. (1): log B - loss is a lower bound of I(x_v; x_t), so the right pairs must have the lowest loss."""
+    net, (images, _) = make_net(tmp_path), make_batch()
+    t = F.normalize(F.normalize(embed(net, images), dim=1).mean((2, 3)), dim=-1).detach()
+    paired, permuted = paired_and_permuted(net, images, t, "cl", monkeypatch)
+    assert 0 < paired < min(permuted)
+    assert paired < math.log(3) < max(permuted)
+    net.b.data.fill_(-20.0)  # masks have no part in it
+    assert paired_and_permuted(net, images, t, "cl", monkeypatch)[0] == paired
+
+
+def test_grounded_contrast_bounds_the_information_of_masked_images_and_texts(tmp_path, monkeypatch):
+    """Eq. (2): with full masks as above; with empty ones m * x_v tells nothing, and the bound log B - loss is not
+    above 0."""
+    net, (images, _) = make_net(tmp_path), make_batch()
+    net.w.data.fill_(0.0)
+    net.b.data.fill_(20.0)
+    t = net.global_embedding(images).detach()
+    paired, permuted = paired_and_permuted(net, images, t, "gcl_v", monkeypatch)
+    assert paired < min(permuted)
+    assert paired < math.log(3)
+    net.b.data.fill_(-20.0)
+    blind, blind_permuted = paired_and_permuted(net, images, t, "gcl_v", monkeypatch)
+    assert min(blind, *blind_permuted) > math.log(3) - 1e-6
+
+
+# ---- dense features -----------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "head width 24": ({}, {}),
+    "QuickGELU": ({}, {"quick_gelu": True}),
+    "layer scale": ({"ls_init_value": 0.7}, {}),
+    "no ln_pre": ({"no_ln_pre": True}, {}),
+    "wide MLP": ({"mlp_ratio": 3.0}, {}),
+    "two sides": ({"image_size": [14, 28]}, {}),
+}
+
+
+@pytest.mark.parametrize("extra", ["qk_norm", "scale_heads", "scale_attn", "scale_attn_inner"])
+def test_blocks_with_more_than_plain_attention_are_refused(tmp_path, extra):
+    """They do more with their values than project them, so the last block has no such shortcut."""
+    with pytest.raises(gcl.CheckpointError, match="plain ViT"):
+        make_net(tmp_path, vision={extra: True})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_last_block_is_open_clips_with_tokens_that_see_themselves_alone(tmp_path, shape):
+    vision, changes = SHAPES[shape]
+    net = make_net(tmp_path, vision=vision, **changes)
+    tokens = torch.randn(2, 1 + 6, 48)
+    alone = torch.full((7, 7), -math.inf).fill_diagonal_(0)
+    expected = net.clip.visual.transformer.resblocks[-1](tokens, attn_mask=alone)[:, 1:]
+    close(net.dense_features(tokens, (2, 3)), expected.transpose(1, 2).reshape(2, 48, 2, 3))
+
+
+@pytest.mark.parametrize("shape", ["head width 24", "QuickGELU", "layer scale", "no ln_pre", "two sides"])
+def test_global_embedding_is_open_clips_at_the_native_size(tmp_path, shape):
+    vision, changes = SHAPES[shape]
+    net = make_net(tmp_path, vision=vision, **changes)
+    images = torch.randn(2, 3, *net.clip.visual.image_size)
+    close(net.global_embedding(images), F.normalize(net.clip.encode_image(images), dim=-1))
+
+
+@pytest.mark.parametrize("size", [(14, 49), (63, 35), (7, 7)])
+def test_other_sizes_are_a_clip_with_resized_positions(tmp_path, size):
+    net = make_net(tmp_path)
+    state = net.clip.state_dict()
+    grid = state["visual.positional_embedding"][1:].reshape(1, 5, 5, 48).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, (size[0] // 7, size[1] // 7), mode="bicubic", align_corners=False, antialias=False)
+    rows = resized.permute(0, 2, 3, 1).reshape(-1, 48)
+    state["visual.positional_embedding"] = torch.cat([state["visual.positional_embedding"][:1], rows])
+    other = gcl.build_clip({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": size}}, state, "file")
+    images = torch.randn(2, 3, *size)
+    close(net.global_embedding(images), F.normalize(other.encode_image(images), dim=-1))
+    for block in other.visual.transformer.resblocks[:-1]:
+        block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    tokens = []
+    other.encode_image(images)
+    close(net.trunk(images), tokens[-1])
+
+
+def test_positions_of_the_native_grid_are_untouched():
+    positions = torch.randn(1 + 15, 4)
+    assert gcl.resize_positions(positions, (3, 5), (3, 5)) is positions
+    other = gcl.resize_positions(positions, (3, 5), (5, 3))
+    assert other.shape == (16, 4) and torch.equal(other[0], positions[0])
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_untrained_grounder_is_maskclip(tmp_path, recipe):
+    net, images = gcl.GCL(make_clip(tmp_path), recipe), torch.randn(2, 3, 21, 28)
+    visual, t = net.clip.visual, F.normalize(torch.randn(4, 20), dim=-1)
+    v_d = net.dense_features(net.trunk(images), (3, 4))
+    v = F.normalize(visual.ln_post(v_d.permute(0, 2, 3, 1)) @ visual.proj, dim=-1)
+    maskclip = torch.sigmoid(10 * torch.einsum("bhwc,kc->bkhw", v, t) - 2.5)
+    large = maskclip.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    close(torch.sigmoid(net.mask_logits(gcl.normalize(embed(net, images), dim=1), t)), large, rtol=1e-5, atol=1e-6)
+    pixels = F.interpolate(large, (21, 28), mode="bilinear", align_corners=False)
+    close(net.segment(images, t, kp_weight=0), pixels, rtol=1e-5, atol=1e-6)
+
+
+# ---- segmentation -------------------------------------------------------------------------------------------------
+
+
+def preserved(net, images, t):
+    """CLIP's own masks on the mask grid: sigmoid(10 (cosine - 0.25)) per patch, then bilinear x4."""
+    height, width = net.patch_grid(images)
+    v_d = net.dense_features(net.trunk(images), (height, width))
+    masks = torch.zeros(len(images), len(t), height, width)
+    for i, k, y, x in itertools.product(*map(range, masks.shape)):
+        v = net.clip.visual.ln_post(v_d[i, :, y, x]) @ net.clip.visual.proj
+        masks[i, k, y, x] = 1 / (1 + math.exp(-10 * (float(v @ t[k]) / float(v.norm()) - 0.25)))
+    return F.interpolate(masks, scale_factor=4, mode="bilinear", align_corners=False)
+
+
+def test_knowledge_preservation_mixes_clips_masks_in_after_refinement(tmp_path):
+    """Eq. (14)"""
+    net, images = make_net(tmp_path), torch.randn(2, 3, 14, 21)
+    t = F.normalize(torch.randn(3, 20), dim=-1)
+    with torch.no_grad():
+        masks, kept = loop_masks(embed(net, images), t, float(net.w), float(net.b)), preserved(net, images, t)
+    for weight, refine, factor in [(0.3, None, 1.0), (0.75, None, 1.0), (0.3, lambda image, mask: 0.5 * mask, 0.5)]:
+        mixed = (1 - weight) * factor * masks + weight * kept
+        expected = F.interpolate(mixed, (14, 21), mode="bilinear", align_corners=False)
+        close(net.segment(images, t, refine=refine, kp_weight=weight), expected)
+    close(net.segment(images, t), net.segment(images, t, kp_weight=0.3), rtol=0, atol=0)
+    maskclip = F.interpolate(kept, (14, 21), mode="bilinear", align_corners=False)
+    close(net.segment_maskclip(images, t), maskclip)
+
+
+def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
+    net, images, seen = make_net(tmp_path), torch.randn(2, 3, 13, 20), []
+    padded = F.pad(images, (0, 1, 0, 1))
+    small = F.interpolate(padded, (8, 12), mode="bilinear", align_corners=True)
+    t = F.normalize(torch.randn(3, 20), dim=-1)
+    for segment in (net.segment, net.segment_maskclip):
+        segment(images, t, refine=lambda image, mask: seen.append((image, mask.shape)) or mask)
+        close(seen[-1][0], small, rtol=1e-6, atol=1e-6)
+        assert seen[-1][1] == (2, 3, 8, 12)
+
+
+@pytest.mark.parametrize("size", [(61, 83), (35, 35), (36, 34), (5, 90), (1, 1)])
+def test_masks_have_the_images_own_size(tmp_path, size):
+    net, t = make_net(tmp_path), F.normalize(torch.randn(2, 20), dim=-1)
+    for segment in (net.segment, net.segment_maskclip):
+        masks = segment(torch.randn(1, 3, *size), t)
+        assert masks.shape == (1, 2, *size) and masks.dtype == torch.float32
+        assert 0 <= masks.min() and masks.max() <= 1
+
+
+def test_padded_pixels_are_zeros_and_are_cropped_from_the_masks(tmp_path):
+    net, image = make_net(tmp_path), torch.randn(1, 3, 17, 24)  # 21 x 28: 4 rows (2 and 2), 4 columns
+    t = F.normalize(torch.randn(2, 20), dim=-1)
+    whole = net.segment(F.pad(image, (2, 2, 2, 2)), t)
+    close(net.segment(image, t), whole[..., 2:-2, 2:-2], rtol=0, atol=0)
+    whole = net.segment(F.pad(image[..., :16, :23], (2, 3, 2, 3)), t)  # 5 and 5: the smaller half left and top
+    close(net.segment(image[..., :16, :23], t), whole[..., 2:-3, 2:-3], rtol=0, atol=0)
+
+
+def test_training_images_must_be_multiples_of_the_patch(tmp_path):
+    net, (images, tokens) = make_net(tmp_path), make_batch(height=35, width=36)
+    with pytest.raises(ValueError, match="35x36 must be multiples of this CLIP's patch size 7"):
+        net(images, tokens)
+
+
+def test_a_clip_of_any_shape_trains_on_images_of_any_multiple(tmp_path):
+    net, (images, tokens) = make_net(tmp_path), make_batch(n=2, height=14, width=42)
+    gcl.total_loss(net(images, tokens)).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+def test_norms_have_a_floor_of_1e_6():
+    close(gcl.normalize(torch.tensor([[3e-7, 4e-7], [3.0, 4.0]])), [[0.3, 0.4], [0.6, 0.8]])
+    close(gcl.normalize(torch.tensor([[3.0, 1.0], [4.0, 0.0]]), dim=0), [[0.6, 1.0], [0.8, 0.0]])
+
+
+def test_text_embeddings_keep_the_leading_axes_and_have_length_one(tmp_path):
+    net, (_, tokens) = make_net(tmp_path), make_batch(n=6)
+    t = net.encode_text(tokens.reshape(2, 3, 11))
+    assert t.shape == (2, 3, 20)
+    close(t.flatten(0, 1), F.normalize(net.clip.encode_text(tokens), dim=-1))
+
+
+def test_class_names_go_into_every_template(released, seg):
+    tokenizer = GoldenTokenizer(seg["cls_tokens"])
+    released.encode_classes(["3", "1"], tokenizer, ["{}:2", "{}:0"])
+    assert tokenizer.prompts == ["3:2", "3:0", "1:2", "1:0"]
+
+
+def test_tokenizer_with_another_vocabulary_is_refused(tmp_path):
+    clip, tokenizer = gcl.load_clip(write_config(tmp_path), pretrained=None)
+    assert tokenizer(["a photo of a moon."]).shape == (1, 11)
+    with pytest.raises(gcl.CheckpointError, match="vocabulary"):
+        gcl.GCL(clip).encode_classes(["moon"], tokenizer, ["a photo of a {}."])
+
+
+# ---- what trains --------------------------------------------------------------------------------------------------
+
+ADAPTER = {
+    f"adapter.stages.{stage}.{block}.{name}"
+    for stage in (0, 1)
+    for block in (1, 2)
+    for name in ("gate", "norm.weight", "norm.bias", "conv.weight", "conv.bias")
+}
+HEAD = {"head.ln_post.weight", "head.ln_post.bias", "head.proj"}
+LINEAR = ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj.")
+BLOCK = {f"block.{layer}{kind}" for layer in ("ln_1.", "ln_2.", *LINEAR) for kind in ("weight", "bias")}
+
+
+def trainable(net):
+    return {name for name, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("losses", [("gcl_v",), ("gcl_f",), ("cl",), ("gcl_v", "gcl_f"), ACTIVE])
+def test_paper_recipe_trains_adapter_projection_and_active_temperatures(tmp_path, losses):
+    net, (images, tokens) = gcl.GCL(make_clip(tmp_path), losses=losses), make_batch()
+    assert trainable(net) == ADAPTER | {"w", "b"} | {f"log_scale.{name}" for name in losses}
+    assert not net.set_trainable(30_000) and net.head is None and net.block is None
+    terms = net(images, tokens)
+    assert terms.keys() == set(losses) | {"area_pos", "area_neg", "tv_mask", "tv_dense"}
+    gcl.total_loss(terms).backward()
+    assert gradients(net).keys() == trainable(net)  # none is unused: DistributedDataParallel would wait for it
+
+
+def test_release_recipe_trains_its_head_at_once_and_its_block_from_30000(tmp_path):
+    net = gcl.GCL(make_clip(tmp_path), "release")
+    scalars = {"w", "b", "log_scale.gcl_v", "log_scale.gcl_f"}
+    assert trainable(net) == ADAPTER | HEAD | scalars
+    assert not net.set_trainable(29_999) and trainable(net) == ADAPTER | HEAD | scalars
+    assert net.set_trainable(30_000) and trainable(net) == ADAPTER | HEAD | BLOCK | scalars
+    assert not net.set_trainable(30_001)
+    assert net.set_trainable(0) and trainable(net) == ADAPTER | HEAD | scalars
+
+
+@pytest.mark.parametrize("recipe, step", [("paper", 0), ("release", 0), ("release", 30_000)])
+def test_clip_never_gets_gradients_nor_changes_and_stays_in_eval_mode(tmp_path, recipe, step):
+    net, (images, tokens) = make_net(tmp_path, recipe), make_batch()
+    net.train().set_trainable(step)
+    before = gcl.fingerprint(net.clip)
+    gcl.total_loss(net(images, tokens)).backward()
+    torch.optim.SGD(net.parameters(), lr=1.0).step()
+    assert all(p.grad is None and not p.requires_grad for p in net.clip.parameters())
+    assert gcl.fingerprint(net.clip) == before
+    assert net.training and net.adapter.training and not any(m.training for m in net.clip.modules())
+
+
+def test_trained_copies_are_apart_from_the_frozen_clip(tmp_path):
+    net = gcl.GCL(make_clip(tmp_path), "release")
+    shared = {p.data_ptr() for p in net.clip.parameters()}
+    assert not shared & {p.data_ptr() for name, p in net.named_parameters() if not name.startswith("clip.")}
+    assert torch.equal(net.head.proj, net.clip.visual.proj)
+
+
+def test_recipes_differ_as_the_readme_says():
+    paper, release = gcl.RECIPES["paper"], gcl.RECIPES["release"]
+    assert (paper.own_head, paper.unfreeze_block_at, paper.normalize_dense) == (False, None, True)
+    assert (release.own_head, release.unfreeze_block_at, release.normalize_dense) == (True, 30_000, False)
+    assert paper.norm == ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    assert release.norm == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (paper.strong_augmentation, release.strong_augmentation) == (False, True)
+
+
+def test_unknown_losses_and_recipes_are_refused(tmp_path):
+    clip = make_clip(tmp_path)
+    with pytest.raises(ValueError, match="unknown loss 'gcl_x'; choose from gcl_v, gcl_f, cl"):
+        gcl.GCL(clip, losses=("gcl_v", "gcl_x"))
+    with pytest.raises(ValueError, match="papers"):
+        gcl.GCL(clip, recipe="papers")
+
+
+def test_autocast_keeps_masks_pooling_and_losses_in_float32(tmp_path, monkeypatch):
+    net, (images, tokens) = make_net(tmp_path), make_batch()
+    noise, seen = half_noise(net, images), []
+    for name in ("masked_pool", "area_prior", "total_variation", "info_nce", "gumbel_sigmoid"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda x, *rest, f=original: seen.append(x.dtype) or f(x, *rest))
+    full = net(images, tokens, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(images, tokens, noise)
+    assert set(seen) == {torch.float32} and len(seen) == 2 * 8
+    for name in full:
+        assert half[name].dtype == torch.float32
+        close(half[name], full[name], rtol=0.1, atol=0.02)
+
+
+def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
+    net, images, seen = make_net(tmp_path, "release"), torch.randn(1, 3, 21, 28), []
+    t = F.normalize(torch.randn(4, 20), dim=-1)
+    for segment in (net.segment, net.segment_maskclip):
+        full = segment(images, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = segment(images, t, refine=lambda image, mask: seen.append({image.dtype, mask.dtype}) or mask)
+        assert half.dtype == torch.float32 and seen.pop() == {torch.float32}
+        close(half, full, rtol=0.1, atol=0.05)
+
+
+def test_double_precision_gives_the_same_losses_and_masks(tmp_path):
+    net, (images, tokens) = make_net(tmp_path), make_batch()
+    noise, t = half_noise(net, images), F.normalize(torch.randn(4, 20), dim=-1)
+    losses, masks = net(images, tokens, noise), net.segment(images, t)
+    double = net.double()(images.double(), tokens, noise.double())
+    for name, loss in losses.items():
+        assert double[name].dtype == torch.float64
+        close(loss, double[name])
+    close(masks, net.segment(images.double(), t.double()))
+
+
+# ---- one rank and two ---------------------------------------------------------------------------------------------
+
+
+def ddp_case(recipe):
+    """A trained net and a batch of four, the same on every rank."""
+    net = gcl.load(RELEASE)
+    if recipe == "paper":
+        trained = net
+        net = gcl.GCL(trained.clip, "paper", ACTIVE)
+        net.adapter.load_state_dict(trained.adapter.state_dict())
+    net.set_trainable(30_000)
+    z = golden("forward_A")
+    return net, z["image"], z["tokens"], diagonal_noise(z)
+
+
+def ddp_step(net, *batch):
+    """Losses and gradients; on ranks, this one's part of the batch, and the gradients averaged."""
+    model, rows = net, slice(None)
+    if torch.distributed.is_initialized():
+        model, rank = torch.nn.parallel.DistributedDataParallel(net), torch.distributed.get_rank()
+        rows = slice(2 * rank, 2 * rank + 2)
+    losses = model(*(x[rows] for x in batch))
+    gcl.total_loss(losses).backward()
+    return {k: v.detach() for k, v in losses.items()}, gradients(net)
+
+
+def on_rank(rank):
+    return {recipe: ddp_step(*ddp_case(recipe)) for recipe in gcl.RECIPES}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(on_rank)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_two_ranks_train_as_one_on_the_whole_batch(ranks, recipe):
+    losses, grads = ddp_step(*ddp_case(recipe))
+    for name, loss in losses.items():
+        close(sum(r[recipe][0][name] for r in ranks) / 2, loss, rtol=1e-5, atol=1e-6)
+    assert any(name.startswith("block.") for name in grads) == (recipe == "release")
+    for r in ranks:
+        assert r[recipe][1].keys() == grads.keys()
+        for name, grad in grads.items():
+            assert (r[recipe][1][name] - grad).norm() < 1e-4 * grad.norm(), name
+
+
+# ---- checkpoints: own files ---------------------------------------------------------------------------------------
+
+
+def tiny(recipe="paper", **changes):
+    """A GCL on the tiny CLIP of the golden files, which has a name and a weights file."""
+    net = gcl.GCL(gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0], recipe, **changes)
+    shake((p for p in net.parameters() if p.requires_grad), size=0.2)
+    return net
+
+
+def masks_of(net):
+    torch.manual_seed(5)
+    width, size = net.clip.visual.proj.shape[1], net.patch * 3 + 1
+    return net.segment(torch.randn(2, 3, size, size), F.normalize(torch.randn(3, width), dim=-1))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_saved_net_comes_back_with_the_same_masks(tmp_path, recipe):
+    net, path = tiny(recipe, losses=("cl", "gcl_f"), area_prior=0.2), tmp_path / "net.pt"
+    net.save(path, step=7, optimizer={"lr": 1e-4, "moments": [torch.ones(2)]})
+    again = gcl.load(path)
+    assert torch.equal(masks_of(again), masks_of(net))
+    assert (again.recipe, again.losses, again.p_pos) == (net.recipe, ("cl", "gcl_f"), 0.2)
+    assert trainable(again) == trainable(net) and not again.training
+    for name, p in net.named_parameters():
+        assert torch.equal(p, again.get_parameter(name)), name
+    saved = torch.load(path, weights_only=True)
+    assert saved["step"] == 7 and saved["optimizer"]["lr"] == 1e-4
+    assert not any(name.startswith("clip.") for name in saved["model"])  # the frozen part is named, not copied
+    assert files_in(tmp_path) == ["net.pt"]
+
+
+def test_net_without_a_named_clip_carries_its_clip(tmp_path):
+    net, path = make_net(tmp_path, losses=("gcl_v",)), tmp_path / "net.pt"
+    net.save(path)
+    (tmp_path / "clip.json").unlink()
+    assert torch.equal(masks_of(gcl.load(path)), masks_of(net))
+
+
+def test_released_checkpoint_saved_as_ours_gives_the_same_masks(tmp_path, released):
+    released.save(tmp_path / "net.pt")
+    again = gcl.load(tmp_path / "net.pt")
+    assert torch.equal(masks_of(again), masks_of(released)) and again.recipe.name == "release"
+
+
+def test_recipe_of_ones_own_travels_with_the_checkpoint(tmp_path):
+    recipe = dataclasses.replace(gcl.RECIPES["paper"], name="mine", normalize_dense=False, norm=gcl.IMAGENET_NORM)
+    net = tiny(recipe)
+    net.save(tmp_path / "net.pt")
+    assert gcl.load(tmp_path / "net.pt").recipe == recipe
+    with pytest.raises(gcl.CheckpointError, match="'mine'.*'paper'"):
+        gcl.restore(tiny("paper"), gcl.read_checkpoint(tmp_path / "net.pt"), "net.pt")
+
+
+def test_clip_without_a_name_has_to_be_given(tmp_path):
+    net, path = tiny(), tmp_path / "net.pt"
+    del net.clip.source  # as of a CLIP that load_clip did not make
+    net.save(path)
+    with pytest.raises(gcl.CheckpointError, match="give --model and --pretrained"):
+        gcl.load(path)
+    assert torch.equal(masks_of(gcl.load(path, CLIP_JSON, CLIP_WEIGHTS)), masks_of(net))
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    net, path = tiny(), tmp_path / "net.pt"
+    net.save(path)
+    before = path.read_bytes()
+
+    def full_disk(what, where):
+        Path(where).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        net.save(path)
+    assert files_in(tmp_path) == ["net.pt"] and path.read_bytes() == before
+
+
+def test_another_clip_of_the_same_shapes_is_refused(tmp_path):
+    net, path = tiny(), tmp_path / "net.pt"
+    net.save(path)
+    state = torch.load(CLIP_WEIGHTS, weights_only=True)
+    state["visual.class_embedding"][3] += 1e-2
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(gcl.CheckpointError, match="trained on other CLIP weights"):
+        gcl.load(path, pretrained=tmp_path / "other.pt")
+    torch.save({k: v.float() for k, v in torch.load(CLIP_WEIGHTS, weights_only=True).items()}, tmp_path / "same.pt")
+    assert torch.equal(masks_of(gcl.load(path, pretrained=tmp_path / "same.pt")), masks_of(net))
+
+
+def test_another_clips_shapes_are_refused_naming_the_first_tensor(tmp_path):
+    tiny().save(tmp_path / "net.pt")
+    other = make_clip(tmp_path)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    expected = r"adapter\.stages\.0\.1\.norm\.weight has shape \(64,\), this model needs \(48,\)"
+    for path in (tmp_path / "net.pt", RELEASE_STRIPPED):
+        with pytest.raises(gcl.CheckpointError, match=expected):
+            gcl.load(path, model=tmp_path / "clip.json", pretrained=tmp_path / "other.pt")
+
+
+def test_weights_of_another_shape_are_refused_naming_the_first_tensor(tmp_path):
+    with pytest.raises(gcl.CheckpointError, match=r"positional_embedding has shape \(16, 64\), this .* \(11, 40\)"):
+        gcl.load_clip(write_config(tmp_path), CLIP_WEIGHTS)
+
+
+def resave(tmp_path, change):
+    """The released checkpoint with a change made to its model entry."""
+    checkpoint = torch.load(RELEASE, weights_only=True)
+    change(checkpoint["model"])
+    torch.save(checkpoint, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+def test_missing_and_surplus_tensors_are_refused(tmp_path):
+    with pytest.raises(gcl.CheckpointError, match="b is missing"):
+        gcl.load(resave(tmp_path, lambda model: model.pop("masker.sim2mask.b")))
+    surplus = {"masker.image_encoder.decoder.decoder.net.0.conv.spare": torch.ones(1)}
+    with pytest.raises(gcl.CheckpointError, match=r"adapter\.stages\.0\.1\.spare is not part of this model"):
+        gcl.load(resave(tmp_path, lambda model: model.update(surplus)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_missing_truncated_and_foreign_files_are_refused(tmp_path, content):
+    path = tmp_path / "net.pt"
+    with pytest.raises(gcl.CheckpointError, match="net.pt: no such file"):
+        gcl.load(path)
+    if content is None:
+        tiny().save(path)
+        content = path.read_bytes()[:-2000]
+    path.write_bytes(content)
+    with pytest.raises(gcl.CheckpointError, match="net.pt"):
+        gcl.load(path)
+    with pytest.raises(gcl.CheckpointError, match="net.pt"):
+        gcl.load_clip(CLIP_JSON, path)
+
+
+def test_files_that_are_no_gcl_checkpoint_are_refused(tmp_path):
+    for content in ([1, 2], {"weights": torch.ones(1)}, {"model": {"conv.weight": torch.ones(1)}}, {"model": 3}):
+        torch.save(content, tmp_path / "net.pt")
+        with pytest.raises(gcl.CheckpointError, match="net.pt"):
+            gcl.load(tmp_path / "net.pt")
+    with pytest.raises(gcl.CheckpointError, match="CLIP weights go to --pretrained"):
+        gcl.load(CLIP_WEIGHTS)
+
+
+# ---- checkpoints: nothing in a pickle runs ------------------------------------------------------------------------
+
+
+class Call:
+    """Unpickles as function(argument)."""
+
+    def __init__(self, function, argument):
+        self.function, self.argument = function, argument
+
+    def __reduce__(self):
+        return self.function, (self.argument,)
+
+
+def calls(marker):
+    return {"system": Call(os.system, f"touch {marker}"), "eval": Call(eval, f"open({str(marker)!r}, 'w')")}
+
+
+@pytest.mark.parametrize("kind", ["system", "eval"])
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_foreign_pickles_are_refused_and_not_executed(tmp_path, kind, form):
+    path, marker = tmp_path / "net.pt", tmp_path / "executed"
+    content = calls(marker)[kind]
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(gcl.CheckpointError):
+        gcl.load(path)
+    with pytest.raises(gcl.CheckpointError):
+        gcl.load_clip(CLIP_JSON, path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    assert marker.exists()  # so it would have
+
+
+@pytest.mark.parametrize("kind", ["system", "eval"])
+def test_calls_beside_good_weights_are_not_executed(tmp_path, released, kind):
+    marker = tmp_path / "executed"
+    torch.save({**torch.load(RELEASE, weights_only=True), "config": calls(marker)[kind]}, tmp_path / "net.pt")
+    try:
+        assert torch.equal(masks_of(gcl.load(tmp_path / "net.pt")), masks_of(released))
+    except gcl.CheckpointError:
+        assert kind == "system"  # torch itself refuses the module os
+    assert not marker.exists()
+
+
+# ---- loading CLIP -------------------------------------------------------------------------------------------------
+
+
+class Node(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def write_archive(path, state):
+    """A TorchScript archive with these tensors, as OpenAI hands its weights out."""
+    root = Node()
+    for key, value in state.items():
+        node = root
+        *parents, leaf = key.split(".")
+        for name in parents:
+            if name not in dict(node.named_children()):
+                node.add_module(name, Node())
+            node = getattr(node, name)
+        node.register_buffer(leaf, value)
+    torch.jit.save(torch.jit.script(root), path)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return torch.load(CLIP_WEIGHTS, weights_only=True)
+
+
+jit = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+
+
+@jit
+def test_archive_state_dict_and_safetensors_load_alike(tmp_path, weights):
+    truth = gcl.fingerprint(gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0])
+    numbers = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(16)}
+    write_archive(tmp_path / "archive.pt", {**weights, **numbers, "vocab_size": torch.tensor(512)})
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "clip.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}, "epoch": 3}, tmp_path / "training.pt")
+    for name in ("archive.pt", "clip.safetensors", "training.pt"):
+        clip, tokenizer = gcl.load_clip(CLIP_JSON, tmp_path / name)
+        assert gcl.fingerprint(clip) == truth, name
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in clip.parameters())
+        assert not clip.training and tokenizer(["moon"]).shape == (1, 16)
+
+
+def activation(clip):
+    return type(clip.visual.transformer.resblocks[-1].mlp.gelu).__name__
+
+
+@pytest.fixture
+def gelu_json(tmp_path):
+    """The tiny CLIP's config, but with the wrong activation."""
+    config = json.loads(Path(CLIP_JSON).read_text())
+    config["quick_gelu"] = False
+    (tmp_path / "gelu.json").write_text(json.dumps(config))
+    return tmp_path / "gelu.json"
+
+
+@jit
+def test_archive_of_openai_with_the_wrong_activation_is_corrected_loudly(tmp_path, weights, gelu_json, capsys):
+    write_archive(tmp_path / "archive.pt", weights)
+    right, _ = gcl.load_clip(CLIP_JSON, tmp_path / "archive.pt")
+    assert "quick_gelu" not in capsys.readouterr().err
+    corrected, _ = gcl.load_clip(gelu_json, tmp_path / "archive.pt")
+    assert "archive.pt needs quick_gelu=True: corrected" in capsys.readouterr().err
+    assert activation(corrected) == activation(right) == "QuickGELU"
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(corrected.encode_image(images), right.encode_image(images))
+
+
+def test_plain_file_keeps_the_configs_activation(gelu_json, capsys):
+    clip, _ = gcl.load_clip(gelu_json, CLIP_WEIGHTS)
+    assert activation(clip) == "GELU" and capsys.readouterr().err == ""
+
+
+TAGS = [("ViT-B-16", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
+TAGS += [("ViT-B-16-quickgelu", "metaclip_400m", True)]
+
+
+@pytest.mark.parametrize("name, tag, needed", TAGS)
+@pytest.mark.parametrize("configured", [True, False])
+def test_activation_follows_the_tag(weights, monkeypatch, capsys, name, tag, needed, configured):
+    config = {**json.loads(Path(CLIP_JSON).read_text()), "quick_gelu": configured}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda _: config)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *a, **k: CLIP_WEIGHTS)
+    clip, _ = gcl.load_clip(name, tag)
+    assert activation(clip) == ("QuickGELU" if needed else "GELU")
+    assert (f"needs quick_gelu={needed}" in capsys.readouterr().err) == (needed != configured)
+    assert clip.source["model"] == name and clip.source["pretrained"] == tag
+
+
+def test_config_with_impossible_numbers_is_refused(tmp_path):
+    with pytest.raises(gcl.CheckpointError):
+        gcl.load_clip(write_config(tmp_path, {"width": 50, "head_width": 16}), pretrained=None)
+
+
+def test_config_may_stand_under_model_cfg(tmp_path):
+    (tmp_path / "hub.json").write_text(json.dumps({"model_cfg": json.loads(Path(CLIP_JSON).read_text())}))
+    clip, _ = gcl.load_clip(tmp_path / "hub.json", CLIP_WEIGHTS)
+    assert gcl.fingerprint(clip) == gcl.fingerprint(gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0])
+
+
+def test_random_weights_are_said_aloud(tmp_path, capsys):
+    gcl.load_clip(write_config(tmp_path), pretrained=None)
+    assert "random weights" in capsys.readouterr().err
+    gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)
+    assert capsys.readouterr().err == ""
+
+
+def test_weights_that_cannot_be_downloaded_lead_to_a_local_file(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(gcl.CheckpointError, match="Name or service not known.*--pretrained FILE"):
+        gcl.load_clip("ViT-B-16-quickgelu", "openai")
+    with pytest.raises(gcl.CheckpointError, match="--pretrained FILE"):
+        gcl.load(RELEASE_STRIPPED)
+
+
+def test_unknown_models_tags_and_files_are_refused(tmp_path):
+    with pytest.raises(gcl.CheckpointError, match="ViT-Q-17: neither a name"):
+        gcl.load_clip("ViT-Q-17", "openai")
+    with pytest.raises(gcl.CheckpointError, match="nowhere.pt: no such file, and no tag.*--pretrained FILE"):
+        gcl.load_clip(CLIP_JSON, "nowhere.pt")
+    with pytest.raises(gcl.CheckpointError, match="openay: no such file, and no tag of ViT-B-16"):
+        gcl.load_clip("ViT-B-16", "openay")
+    for text in (None, "{", "[]", "{}", json.dumps({**CONFIG, "custom_text": True}), json.dumps({"embed_dim": 3})):
+        path = tmp_path / "model.json"
+        path.unlink(missing_ok=True) if text is None else path.write_text(text)
+        with pytest.raises(gcl.CheckpointError, match="model.json"):
+            gcl.load_clip(path, CLIP_WEIGHTS)
+
+
+OTHER_VISION = [{"layers": [1, 1, 1, 1]}, {"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_heads": 4}]
+OTHER_VISION += [{"final_ln_after_pool": True}, {"wings": 2}]
+
+
+@pytest.mark.parametrize("vision", OTHER_VISION)
+def test_models_without_a_plain_vit_are_refused(tmp_path, vision):
+    with pytest.raises(gcl.CheckpointError):
+        gcl.load_clip(write_config(tmp_path, {**vision, "image_size": 64}), pretrained=None)

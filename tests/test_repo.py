@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""The shape of the project: what a file may import, where the equations stand, that the README's commands exist."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+import train
+
+CODE = sorted(ROOT.glob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+OWN = {path.stem for path in CODE}
+README = (ROOT / "README.md").read_text()
+
+
+def imported(path):
+    tree = ast.parse(path.read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+def test_each_equation_stands_once_in_the_code_and_once_in_the_tests():
+    for files in (CODE, TESTS):
+        found = re.findall(r"Eq\. \((\d+)\)", "".join(path.read_text() for path in files if path != Path(__file__)))
+        assert sorted(map(int, found)) == list(range(1, 15))
+
+
+def test_files_import_what_they_may():
+    allowed = {
+        "ops": {"torch"},
+        "adapter": {"torch"},
+        "pamr": {"torch", "warnings"},
+        "gcl": {"ops", "adapter", "open_clip", "torch"} | set(sys.stdlib_module_names),
+    }
+    packages = {"torch", "torchvision", "open_clip", "numpy", "PIL", "tqdm"} | set(sys.stdlib_module_names)
+    for path in CODE:
+        found = imported(path)
+        assert found <= allowed.get(path.stem, packages | OWN), path.name
+        assert "train" not in found, f"{path.name} must not import train.py"
+    assert not imported(ROOT / "data.py") & OWN and not imported(ROOT / "report.py") & OWN
+    names = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    assert names == {"torch", "torchvision", "open_clip_torch", "numpy", "pillow", "tqdm", "pytest"}
+
+
+def test_files_open_with_their_license_and_a_docstring():
+    for path in CODE + TESTS:
+        text = path.read_text()
+        assert text.startswith("# SPDX-License-Identifier: MIT\n"), path.name
+        assert ast.get_docstring(ast.parse(text)), path.name
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("names", [["ops"], ["adapter"], ["pamr"], ["gcl", "ops", "adapter"]])
+def test_copied_alone_a_file_imports_and_runs(tmp_path, names):
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    program = f"import {names[0]}, doctest; print(doctest.testmod({names[0]}))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", result.stdout), result.stderr + result.stdout
+
+
+def test_importing_does_nothing(tmp_path):
+    """No output, no file, no random number drawn, no thread setting changed."""
+    names = ", ".join(sorted(OWN))
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+sys.dont_write_bytecode = True
+before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+import {names}
+assert torch.equal(torch.random.get_rng_state(), before) and torch.get_num_threads() == threads
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_lines_of_the_readme_hold_the_commands():
+    assert "@@" not in README and "TODO" not in README
+    head = "\n".join(README.splitlines()[:15])
+    for command in (
+        "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python toy.py",
+        ".venv/bin/python -m pytest",
+        "torchrun --nproc_per_node=8 train.py",
+        "python evaluate.py --all",
+    ):
+        assert command in head
+
+
+def commands(script):
+    """Argument lists of every call of a script in the README and in the script's own docstring."""
+    text = README.replace("\\\n", " ") + ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    for line in re.findall(rf"{re.escape(script)}((?: +[^#`\n]+)?)", text):
+        yield [word.strip("'\"") for word in line.split()]
+
+
+def test_every_command_of_the_readme_is_accepted():
+    """The flags exist and go together; nothing is run."""
+    seen = 0
+    for line in commands("train.py"):
+        if line and line[0].startswith("--"):
+            train.parse_args(line)
+            seen += 1
+    for line in commands("evaluate.py"):
+        if line and line[0].startswith("--"):
+            evaluate.parse_args(line)
+            seen += 1
+    for row in re.findall(r"\| `(--[^`]*--out runs/[^`]*|--out [^`]*)` \|", README):
+        train.parse_args(row.split())
+        seen += 1
+    assert seen >= 18
+
+
+def test_every_flag_is_in_the_help_with_a_text(capsys):
+    for module in (train, evaluate):
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        blocks = re.split(r"\n  (?=-)", capsys.readouterr().out.split("options:")[1])
+        assert len(blocks) > 20
+        for block in blocks[1:]:
+            assert len(re.sub(r"^(\S+ ?)+", "", block).split()) >= 2, block
+
+
+def test_links_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
