@@ -31,7 +31,7 @@ import gcl
 import pamr
 import report
 
-LONG_SIDE = 2048  # Sec. 4.1 via GroupViT: the longer side is at most this
+LONG_SIDE = 2048  # Paper silent: the longer side is at most this, as in GroupViT's protocol and the release
 TEMPLATES = {  # Paper silent: prompts; the release's nine
     "release": (
         "itap of a {}.",
@@ -47,7 +47,7 @@ TEMPLATES = {  # Paper silent: prompts; the release's nine
     "simple": ("a photo of a {}.",),
 }
 SWEEP = [round(0.05 * k, 2) for k in range(1, 20)]  # background thresholds of --sweep-threshold
-PROTOCOL = {"short_side": 448, "window": 448, "stride": 224}
+PROTOCOL = {"short_side": 448, "window": 448, "stride": 224}  # Paper silent: window and stride; the release's
 
 
 def parse_args(argv=None):
@@ -71,8 +71,8 @@ def parse_args(argv=None):
         "--sweep-threshold", action="store_true", help="also mIoU at thresholds 0.05 to 0.95: a diagnostic, no headline"
     )
     add("--short-side", type=int, default=448, help="pixels of the shorter side (Sec. 4.1)")
-    add("--window", type=int, default=448, help="side of the sliding window (Sec. 4.1)")
-    add("--stride", type=int, default=224, help="step of the sliding window (Sec. 4.1)")
+    add("--window", type=int, default=448, help="side of the sliding window (paper silent)")
+    add("--stride", type=int, default=224, help="step of the sliding window (paper silent)")
     add("--kp-weight", type=float, default=0.3, help="w_kp of the knowledge preservation branch (Appendix A)")
     add("--templates", default="release", help="release, simple, or a file with one prompt per line, {} for the name")
     add("--limit", type=int, metavar="N", help="the first N images of each set; the result is marked partial")

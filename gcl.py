@@ -263,7 +263,7 @@ class GCL(nn.Module):
     def _loss_feature(self, dense, mask, t):
         """Feature-level GCL: S_f[i, j] is the cosine of t_j and image i pooled over the mask of text j.
 
-        Release differs from Fig. 3 line 21, which writes "ijc,ic": the text (t_j) is right, and the release has it.
+        Fig. 3 line 21 writes "ijc,ic", which is not the text's t_j; the text is right, and the release has it.
         """
         v_f = normalize(ops.masked_pool(dense, mask))  # [B, N, C]
         s_f = torch.einsum("bnc,nc->bn", v_f, t)  # [B, N]
@@ -366,7 +366,10 @@ def to_pixels(mask, padded, size, left, top):
 
 
 def refine_at_mask_size(refine, images, mask):
-    """refine(image resized to the mask's grid, mask), or the mask itself. images: [B, 3, h, w], mask: [B, K, H, W]."""
+    """refine(image resized to the mask's grid, mask), or the mask itself. images: [B, 3, h, w], mask: [B, K, H, W].
+
+    Paper silent: PAMR's resolution. The release's: the mask's own, a quarter of the window.
+    """
     if refine is None:
         return mask
     images = F.interpolate(full(images), size=mask.shape[-2:], mode="bilinear", align_corners=True)  # [B, 3, H, W]

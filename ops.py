@@ -76,7 +76,7 @@ def gumbel_sigmoid(logits, noise, tau=1.0):
     """Binary sample of a mask with the gradient of its relaxation (Jang et al. 2017, straight through), Fig. 3 line 14.
 
     logits: mask logits of any shape. noise: uniform in (0, 1), same shape. Returns values in {0, 1}.
-    Release differs: Fig. 3 samples the mask after its sigmoid; a sample needs logits, and release and we take them.
+    Fig. 3 samples the mask after its sigmoid, but a sample needs logits: the release takes them, and so do we.
     """
     soft = torch.sigmoid((logits + torch.logit(noise, eps=1e-7)) / tau)
     hard = (soft > 0.5).to(soft.dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A toy world: the whole path of the paper, from image-text pairs to mIoU and pictures, on two CPU cores.
 
-    python toy.py                            # MaskCLIP against GCL, about four minutes, results in runs/toy
+    python toy.py                            # MaskCLIP against GCL, about three minutes, results in runs/toy
     python toy.py --ablate                   # the rows of the paper's Table 2 as well
     python toy.py --out runs/toy1 --seed 1   # another world, another CLIP, another adapter
 
@@ -470,7 +470,10 @@ def parse_args():
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for all that is written")
     parser.add_argument("--seed", type=int, default=0, help="of the world, of CLIP and of the adapter's training")
     parser.add_argument("--ablate", action="store_true", help="also the rows of Table 2: eight more trainings")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out.is_file() or args.seed < 0:
+        parser.error(f"--out {args.out} must not be a file, --seed {args.seed} not negative")
+    return args
 
 
 def main(args):

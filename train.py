@@ -67,6 +67,12 @@ def parse_args(argv=None):
         p.error(f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps} (at least 1)")
     if min(args.save_every, args.log_every) < 1 or args.workers < 0:
         p.error("--save-every and --log-every must be at least 1, --workers at least 0")
+    if min(args.seed, args.weight_decay, args.lambda_gcl, args.lambda_area, args.lambda_tv) < 0 or args.clip_grad <= 0:
+        p.error("--seed, --weight-decay and the --lambda flags cannot be negative, --clip-grad must be above 0")
+    if args.image_size is not None and args.image_size < 1:
+        p.error("--image-size must be at least 1")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        p.error(f"--out {args.out}: is a file, not a folder")
     if not 0 < args.min_lr <= args.lr:
         p.error(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}")
     return args

@@ -857,7 +857,7 @@ def test_another_clip_of_the_same_shapes_is_refused(tmp_path):
     state = torch.load(CLIP_WEIGHTS, weights_only=True)
     state["visual.class_embedding"][3] += 1e-2
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(gcl.CheckpointError, match="trained on other CLIP weights"):
+    with pytest.raises(gcl.CheckpointError, match="was trained on another CLIP"):
         gcl.load(path, pretrained=tmp_path / "other.pt")
     torch.save({k: v.float() for k, v in torch.load(CLIP_WEIGHTS, weights_only=True).items()}, tmp_path / "same.pt")
     assert torch.equal(masks_of(gcl.load(path, pretrained=tmp_path / "same.pt")), masks_of(net))
