@@ -51,6 +51,7 @@ PROTOCOL = {"short_side": 448, "window": 448, "stride": 224}  # Paper silent: wi
 
 
 def parse_args(argv=None):
+    """The command line; flags that do not go together end with exit code 2, defaults that hang on others are filled."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     which = p.add_mutually_exclusive_group(required=True)
@@ -383,6 +384,7 @@ def average(results):
 
 
 def main(args):
+    """All sets of a parsed command line: checks first, then one set after the other, results.json after each."""
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     read_templates(args.templates)
     sets = read_sets(args)

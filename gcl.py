@@ -166,9 +166,8 @@ class GCL(nn.Module):
         """One embedding per class: the mean over raw per-template embeddings, then L2-normalised. Returns [K, C]."""
         rows = []
         for name in names:
-            tokens = tokenizer([template.replace("{}", name) for template in templates]).to(
-                self.w.device
-            )  # [T, context]
+            prompts = [template.replace("{}", name) for template in templates]
+            tokens = tokenizer(prompts).to(self.w.device)  # [T, context], T templates
             if tokens.max() >= self.clip.vocab_size:
                 raise CheckpointError(f"the tokenizer is larger than this CLIP's vocabulary ({self.clip.vocab_size})")
             rows.append(full(self.clip.encode_text(tokens)).mean(0))  # [T, C] -> [C]

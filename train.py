@@ -30,6 +30,7 @@ import gcl
 
 
 def parse_args(argv=None):
+    """The command line; values that cannot be end with exit code 2."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     shards = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
@@ -251,6 +252,7 @@ def begin_logs(args, start, facts):
 
 
 def main(args):
+    """The training loop for a parsed command line."""
     run = start_run(args)
     net, optimizer = run.net, run.optimizer
     model = wrap(net, run.device, run.ranks)

@@ -30,7 +30,7 @@ def golden(name):
         return {k: v.tolist() if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
 
 
-def close(actual, expected, rtol=1e-4, atol=1e-5):
+def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
     """Same shape and values; the golden tensors' tolerance by default."""
     if not torch.is_tensor(expected):
         expected = torch.tensor(expected, dtype=actual.dtype)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import close
+from conftest import assert_close
 
 from adapter import Adapter, GatedBlock
 
@@ -54,7 +54,7 @@ def loop_of(block, x):
 def test_gated_block_is_the_appendix_equation(spread):
     """Eq. (13), x' = x + tanh(g) Conv(x)."""
     block, x = randomize(GatedBlock(3)), spread * torch.randn(2, 3, 3, 4, dtype=torch.float64)
-    close(block(x), loop_of(block, x), rtol=1e-10, atol=1e-10)
+    assert_close(block(x), loop_of(block, x), rtol=1e-10, atol=1e-10)
 
 
 def nearest_x2(x):
@@ -69,7 +69,7 @@ def test_adapter_is_two_stages_of_upsampling_and_two_blocks():
     for stage in adapter.stages:
         expected = loop_of(stage[2], loop_of(stage[1], nearest_x2(expected)))
     assert expected.shape == (1, 2, 8, 4)
-    close(adapter(x), expected, rtol=1e-10, atol=1e-10)
+    assert_close(adapter(x), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [(14, 14), (3, 5), (1, 7)])

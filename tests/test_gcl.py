@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLIP_JSON, CLIP_WEIGHTS, RELEASE, RELEASE_STRIPPED, close, golden, run_ranks
+from conftest import CLIP_JSON, CLIP_WEIGHTS, RELEASE, RELEASE_STRIPPED, assert_close, golden, run_ranks
 from safetensors.torch import save_file
 from test_ops import loop_info_nce
 
@@ -96,36 +96,36 @@ def embed(net, images):
 
 def test_encoders_have_the_golden_features(released, z):
     """Eq. (3): text embedding, global image embedding and dense features of the frozen CLIP."""
-    close(released.encode_text(z["tokens"]), gcl.normalize(z["text_emb"]))
+    assert_close(released.encode_text(z["tokens"]), gcl.normalize(z["text_emb"]))
     tokens = released.trunk(z["image"])
-    close(tokens.transpose(0, 1), z["image_feat"])
-    close(released.dense_features(tokens, (8, 8)), z["dense_feat"])
-    close(released.dense_features(tokens, (8, 8), released.block), z["masker_backbone_feat"])
-    close(released.global_embedding(z["image"]), gcl.normalize(z["clip_global"]))
-    close(released.global_embedding(z["image"] * z["fixed_mask"]), gcl.normalize(z["clip_global_masked"]))
+    assert_close(tokens.transpose(0, 1), z["image_feat"])
+    assert_close(released.dense_features(tokens, (8, 8)), z["dense_feat"])
+    assert_close(released.dense_features(tokens, (8, 8), released.block), z["masker_backbone_feat"])
+    assert_close(released.global_embedding(z["image"]), gcl.normalize(z["clip_global"]))
+    assert_close(released.global_embedding(z["image"] * z["fixed_mask"]), gcl.normalize(z["clip_global_masked"]))
 
 
 def test_preserved_masks_are_of_the_golden_features(released, z):
     t = gcl.normalize(z["text_emb"])
     cosine = torch.einsum("bchw,kc->bkhw", F.normalize(z["kp_feat"], dim=1), t)
-    close(released.preserved_masks(z["dense_feat"], t, (8, 8)), torch.sigmoid(10 * cosine - 2.5))
+    assert_close(released.preserved_masks(z["dense_feat"], t, (8, 8)), torch.sigmoid(10 * cosine - 2.5))
 
 
 def test_adapter_and_head_have_the_golden_embedding(released, z):
     """Eq. (4): both stages of the adapter, then the head."""
     first = released.adapter.stages[0](z["masker_backbone_feat"])
-    close(first[:1], z["decoder_block0_img0"])
-    close(released.adapter.stages[1](first)[:1], z["decoder_block1_img0"])
-    close(released.dense_embedding(z["masker_backbone_feat"]), z["image_emb"])
+    assert_close(first[:1], z["decoder_block0_img0"])
+    assert_close(released.adapter.stages[1](first)[:1], z["decoder_block1_img0"])
+    assert_close(released.dense_embedding(z["masker_backbone_feat"]), z["image_emb"])
 
 
 def test_masks_of_all_pairs_are_golden(released, z):
     v_n, t = gcl.normalize(embed(released, z["image"]), dim=1), released.encode_text(z["tokens"])
     logits = released.mask_logits(v_n, t)
-    close((logits - released.b) / released.w, z["simmap"])
-    close(torch.sigmoid(logits), z["soft_mask"])
+    assert_close((logits - released.b) / released.w, z["simmap"])
+    assert_close(torch.sigmoid(logits), z["soft_mask"])
     assert ((torch.sigmoid(logits) > 0.5).float() == z["hard_mask"]).float().mean() > 0.999
-    close(ops.masked_pool(z["image_emb"], z["soft_mask"]), z["pooled_emb"])
+    assert_close(ops.masked_pool(z["image_emb"], z["soft_mask"]), z["pooled_emb"])
 
 
 def half_noise(net, images):
@@ -138,7 +138,7 @@ def test_masked_images_are_golden(released, z, monkeypatch):
     seen, encode = [], released.global_embedding
     monkeypatch.setattr(released, "global_embedding", lambda images: seen.append(encode(images)) or seen[-1])
     released(z["image"], z["tokens"], half_noise(released, z["image"]))
-    close(seen[0], gcl.normalize(z["masked_img_emb_det"]))
+    assert_close(seen[0], gcl.normalize(z["masked_img_emb_det"]))
 
 
 LOSS_KEYS = {"gcl_f": "tclf", "gcl_v": "tcli", "area_pos": "area_pos", "area_neg": "area_neg"}
@@ -150,9 +150,9 @@ def test_losses_with_the_deterministic_mask_are_golden(released, z):
     losses = released(z["image"], z["tokens"], half_noise(released, z["image"]))
     assert losses.keys() == LOSS_KEYS.keys()
     for name, key in LOSS_KEYS.items():
-        close(losses[name], z[f"loss_raw_{key}"])
-        close(gcl.total_loss({name: losses[name]}), z[f"loss_w_{key}"])
-    close(gcl.total_loss(losses), z["loss_total_det"])
+        assert_close(losses[name], z[f"loss_raw_{key}"])
+        assert_close(gcl.total_loss({name: losses[name]}), z[f"loss_w_{key}"])
+    assert_close(gcl.total_loss(losses), z["loss_total_det"])
 
 
 def diagonal_noise(z):
@@ -178,20 +178,20 @@ def test_training_step_has_the_golden_losses_and_gradient_norms(z, prefix, step)
     assert net.set_trainable(step) == (prefix == "ft")
     losses = net(z["image"], z["tokens"], diagonal_noise(z))
     for name, key in LOSS_KEYS.items():
-        close(GROUPS[name] * losses[name], z[f"train_loss_w_{key}"])
+        assert_close(GROUPS[name] * losses[name], z[f"train_loss_w_{key}"])
     total = gcl.total_loss(losses)
-    close(total, z["train_loss_total"])
+    assert_close(total, z["train_loss_total"])
     total.backward()
     expected = dict(zip(map(our_name, z[f"{prefix}_trainable_names"]), z[f"{prefix}_grad_norms"], strict=True))
     ours = gradients(net)
     assert ours.keys() == expected.keys() == {k for k, p in net.named_parameters() if p.requires_grad}
     for name, norm in expected.items():
-        close(ours[name].norm(), norm)
+        assert_close(ours[name].norm(), norm)
     if prefix == "ft":
-        close(ours["block.attn.in_proj_bias"], z["ft_grad_in_proj_bias"])
-        close(ours["block.attn.out_proj.weight"], z["ft_grad_out_proj_weight"])
+        assert_close(ours["block.attn.in_proj_bias"], z["ft_grad_in_proj_bias"])
+        assert_close(ours["block.attn.out_proj.weight"], z["ft_grad_out_proj_weight"])
     else:
-        close(torch.cat([g.flatten() for g in ours.values()]).norm(), z["train_grad_global_norm"])
+        assert_close(torch.cat([g.flatten() for g in ours.values()]).norm(), z["train_grad_global_norm"])
 
 
 def gates(net):
@@ -201,14 +201,14 @@ def gates(net):
 def test_training_step_has_the_golden_gradients(z):
     net = gcl.load(RELEASE)
     gcl.total_loss(net(z["image"], z["tokens"], diagonal_noise(z))).backward()
-    close(torch.stack([gate.grad for gate in gates(net)]), z["grad_gates"])
-    close(net.w.grad, z["grad_sim2mask_w"])
-    close(net.b.grad, z["grad_sim2mask_b"])
-    close(net.log_scale["gcl_v"].grad, z["grad_tcli_logit_scale"])
-    close(net.log_scale["gcl_f"].grad, z["grad_tclf_logit_scale"])
-    close(net.adapter.stages[0][1].conv.weight.grad, z["grad_conv0_weight"])
-    close(net.head.proj.grad, z["grad_image_proj_proj"])
-    close(net.head.ln_post.weight.grad, z["grad_image_proj_ln_weight"])
+    assert_close(torch.stack([gate.grad for gate in gates(net)]), z["grad_gates"])
+    assert_close(net.w.grad, z["grad_sim2mask_w"])
+    assert_close(net.b.grad, z["grad_sim2mask_b"])
+    assert_close(net.log_scale["gcl_v"].grad, z["grad_tcli_logit_scale"])
+    assert_close(net.log_scale["gcl_f"].grad, z["grad_tclf_logit_scale"])
+    assert_close(net.adapter.stages[0][1].conv.weight.grad, z["grad_conv0_weight"])
+    assert_close(net.head.proj.grad, z["grad_image_proj_proj"])
+    assert_close(net.head.ln_post.weight.grad, z["grad_image_proj_ln_weight"])
 
 
 @pytest.mark.parametrize("name", LOSS_KEYS)
@@ -217,7 +217,7 @@ def test_every_loss_alone_has_its_golden_gradients(z, name):
     loss = gcl.total_loss({name: net(z["image"], z["tokens"], diagonal_noise(z))[name]})
     grads = torch.autograd.grad(loss, [net.w, net.b, *gates(net)], allow_unused=True)
     ours = torch.stack([torch.zeros(()) if g is None else g for g in grads])
-    close(ours, z["grad_per_loss"][z["grad_per_loss_names"].index(LOSS_KEYS[name])])
+    assert_close(ours, z["grad_per_loss"][z["grad_per_loss_names"].index(LOSS_KEYS[name])])
 
 
 # ---- segmentation with the released model -------------------------------------------------------------------------
@@ -247,9 +247,9 @@ def agree(masks, labels, background):
 
 
 def test_class_embeddings_are_the_normalised_mean_over_raw_prompts(released, seg, text):
-    close(text, seg["text_embedding"])
+    assert_close(text, seg["text_embedding"])
     raw = released.clip.encode_text(seg["cls_tokens"].flatten(0, 1)).unflatten(0, (5, 3))
-    close(text, F.normalize(raw.mean(1), dim=-1))
+    assert_close(text, F.normalize(raw.mean(1), dim=-1))
     assert (text - F.normalize(F.normalize(raw, dim=-1).mean(1), dim=-1)).abs().max() > 1e-4
 
 
@@ -257,20 +257,20 @@ def test_class_embeddings_are_the_normalised_mean_over_raw_prompts(released, seg
 @pytest.mark.parametrize("refined", [0, 1])
 def test_masks_and_labels_of_an_odd_image_are_golden(released, seg, text, refined, kp):
     masks = released.segment(seg["image"], text, refine=pamr if refined else None, kp_weight=float(kp))
-    close(masks, seg[f"mask_pamr{refined}_kp{kp}"])
+    assert_close(masks, seg[f"mask_pamr{refined}_kp{kp}"])
     agree(masks, seg[f"labels_bg_pamr{refined}_kp{kp}"], background=0.4 if refined else 0.5)
 
 
 @pytest.mark.parametrize("refined", [0, 1])
 def test_masks_and_labels_of_a_native_image_are_golden(released, seg, text, refined):
     masks = released.segment(seg["image2"], text, refine=pamr if refined else None)
-    close(masks, seg[f"mask2_pamr{refined}_kp0.3"])
+    assert_close(masks, seg[f"mask2_pamr{refined}_kp0.3"])
     agree(masks, seg[f"labels_bg2_pamr{refined}_kp0.3"], background=0.4 if refined else 0.5)
 
 
 def test_masks_of_plain_tokens_are_golden(released, seg):
     masks = released.segment(seg["image2"], released.encode_text(seg["cls_tokens"][:, 0]))
-    close(masks, seg["mask2_tokenroute_pamr0_kp0.3"])
+    assert_close(masks, seg["mask2_tokenroute_pamr0_kp0.3"])
 
 
 @pytest.mark.parametrize("which", ["", "2"])
@@ -278,9 +278,9 @@ def test_padding_and_similarity_maps_are_golden(released, seg, text, which):
     image, (left, right, top, bottom) = seg[f"image{which}"], seg[f"pad_lrtb{which}"].tolist()
     padded, offset = gcl.pad_to_patch(image, 8)
     assert offset == (left, top)
-    close(padded, F.pad(image, (left, right, top, bottom)), rtol=0, atol=0)
+    assert_close(padded, F.pad(image, (left, right, top, bottom)), rtol=0, atol=0)
     similarity = torch.einsum("bchw,kc->bkhw", gcl.normalize(embed(released, padded), dim=1), text)
-    close(similarity, seg[f"simmap{which}"])
+    assert_close(similarity, seg[f"simmap{which}"])
 
 
 def test_stripped_release_with_clip_beside_it_gives_the_same_masks(released, seg, text):
@@ -335,13 +335,13 @@ def case(request, tmp_path_factory):
 def test_masks_are_sigmoids_of_scaled_cosines(case):
     """Eq. (5)"""
     v_n = gcl.normalize(case.v_s, dim=1)
-    close(torch.sigmoid(case.net.mask_logits(v_n, case.t)), case.masks)
+    assert_close(torch.sigmoid(case.net.mask_logits(v_n, case.t)), case.masks)
 
 
 def test_masks_start_at_10_cosine_minus_2_5_and_temperatures_at_007(tmp_path):
     net = gcl.GCL(make_clip(tmp_path))
     assert net.w == 10.0 and net.b == -2.5 and net.p_pos == 0.4
-    close(torch.stack([torch.exp(-scale) for scale in net.log_scale.values()]), [0.07] * 3)
+    assert_close(torch.stack([torch.exp(-scale) for scale in net.log_scale.values()]), [0.07] * 3)
     assert net.log_scale.keys() == {"gcl_v", "gcl_f", "cl"}
 
 
@@ -359,13 +359,13 @@ def test_image_level_loss_is_info_nce_of_masked_images(case):
             v_g = F.normalize(case.net.clip.encode_image(masked[None]), dim=-1)[0]
         for j in range(3):
             similarity[i, j] = v_g @ case.t[j]
-    close(case.losses["gcl_v"], case.info_nce(similarity.tolist(), "gcl_v"))
+    assert_close(case.losses["gcl_v"], case.info_nce(similarity.tolist(), "gcl_v"))
 
 
 def test_feature_level_loss_is_info_nce_of_pooled_pairs(case):
     """Eq. (9): S_ij is the cosine of t_j, not t_i, and image i pooled over the mask of text j."""
     similarity = [[loop_pooled_cosine(case.dense[i], case.masks[i, j], case.t[j]) for j in range(3)] for i in range(3)]
-    close(case.losses["gcl_f"], case.info_nce(similarity, "gcl_f"))
+    assert_close(case.losses["gcl_f"], case.info_nce(similarity, "gcl_f"))
     wrong = [[loop_pooled_cosine(case.dense[i], case.masks[i, j], case.t[i]) for j in range(3)] for i in range(3)]
     assert abs(case.info_nce(similarity, "gcl_f") - case.info_nce(wrong, "gcl_f")) > 1e-3
 
@@ -373,16 +373,16 @@ def test_feature_level_loss_is_info_nce_of_pooled_pairs(case):
 def test_plain_loss_pools_with_a_mask_of_ones(case):
     ones = torch.ones(20, 20)
     similarity = [[loop_pooled_cosine(case.dense[i], ones, case.t[j]) for j in range(3)] for i in range(3)]
-    close(case.losses["cl"], case.info_nce(similarity, "cl"))
+    assert_close(case.losses["cl"], case.info_nce(similarity, "cl"))
 
 
 def test_priors_are_of_all_masks_and_the_recipes_dense_embedding(case):
     positive = torch.stack([case.masks[i, i] for i in range(3)]).mean()
     negative = torch.stack([case.masks[i, j] for i in range(3) for j in range(3) if i != j]).mean()
-    close(case.losses["area_pos"], abs(0.3 - positive))
-    close(case.losses["area_neg"], negative)
-    close(case.losses["tv_mask"], ops.total_variation(case.masks))
-    close(case.losses["tv_dense"], ops.total_variation(case.dense))
+    assert_close(case.losses["area_pos"], abs(0.3 - positive))
+    assert_close(case.losses["area_neg"], negative)
+    assert_close(case.losses["tv_mask"], ops.total_variation(case.masks))
+    assert_close(case.losses["tv_dense"], ops.total_variation(case.dense))
 
 
 def test_total_loss_weighs_three_groups():
@@ -471,7 +471,7 @@ def test_last_block_is_open_clips_with_tokens_that_see_themselves_alone(tmp_path
     tokens = torch.randn(2, 1 + 6, 48)
     alone = torch.full((7, 7), -math.inf).fill_diagonal_(0)
     expected = net.clip.visual.transformer.resblocks[-1](tokens, attn_mask=alone)[:, 1:]
-    close(net.dense_features(tokens, (2, 3)), expected.transpose(1, 2).reshape(2, 48, 2, 3))
+    assert_close(net.dense_features(tokens, (2, 3)), expected.transpose(1, 2).reshape(2, 48, 2, 3))
 
 
 @pytest.mark.parametrize("shape", ["head width 24", "QuickGELU", "layer scale", "no ln_pre", "two sides"])
@@ -479,7 +479,7 @@ def test_global_embedding_is_open_clips_at_the_native_size(tmp_path, shape):
     vision, changes = SHAPES[shape]
     net = make_net(tmp_path, vision=vision, **changes)
     images = torch.randn(2, 3, *net.clip.visual.image_size)
-    close(net.global_embedding(images), F.normalize(net.clip.encode_image(images), dim=-1))
+    assert_close(net.global_embedding(images), F.normalize(net.clip.encode_image(images), dim=-1))
 
 
 @pytest.mark.parametrize("size", [(14, 49), (63, 35), (7, 7)])
@@ -492,12 +492,12 @@ def test_other_sizes_are_a_clip_with_resized_positions(tmp_path, size):
     state["visual.positional_embedding"] = torch.cat([state["visual.positional_embedding"][:1], rows])
     other = gcl.build_clip({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": size}}, state, "file")
     images = torch.randn(2, 3, *size)
-    close(net.global_embedding(images), F.normalize(other.encode_image(images), dim=-1))
+    assert_close(net.global_embedding(images), F.normalize(other.encode_image(images), dim=-1))
     for block in other.visual.transformer.resblocks[:-1]:
         block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     tokens = []
     other.encode_image(images)
-    close(net.trunk(images), tokens[-1])
+    assert_close(net.trunk(images), tokens[-1])
 
 
 def test_positions_of_the_native_grid_are_untouched():
@@ -515,9 +515,11 @@ def test_untrained_grounder_is_maskclip(tmp_path, recipe):
     v = F.normalize(visual.ln_post(v_d.permute(0, 2, 3, 1)) @ visual.proj, dim=-1)
     maskclip = torch.sigmoid(10 * torch.einsum("bhwc,kc->bkhw", v, t) - 2.5)
     large = maskclip.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    close(torch.sigmoid(net.mask_logits(gcl.normalize(embed(net, images), dim=1), t)), large, rtol=1e-5, atol=1e-6)
+    assert_close(
+        torch.sigmoid(net.mask_logits(gcl.normalize(embed(net, images), dim=1), t)), large, rtol=1e-5, atol=1e-6
+    )
     pixels = F.interpolate(large, (21, 28), mode="bilinear", align_corners=False)
-    close(net.segment(images, t, kp_weight=0), pixels, rtol=1e-5, atol=1e-6)
+    assert_close(net.segment(images, t, kp_weight=0), pixels, rtol=1e-5, atol=1e-6)
 
 
 # ---- segmentation -------------------------------------------------------------------------------------------------
@@ -543,10 +545,10 @@ def test_knowledge_preservation_mixes_clips_masks_in_after_refinement(tmp_path):
     for weight, refine, factor in [(0.3, None, 1.0), (0.75, None, 1.0), (0.3, lambda image, mask: 0.5 * mask, 0.5)]:
         mixed = (1 - weight) * factor * masks + weight * kept
         expected = F.interpolate(mixed, (14, 21), mode="bilinear", align_corners=False)
-        close(net.segment(images, t, refine=refine, kp_weight=weight), expected)
-    close(net.segment(images, t), net.segment(images, t, kp_weight=0.3), rtol=0, atol=0)
+        assert_close(net.segment(images, t, refine=refine, kp_weight=weight), expected)
+    assert_close(net.segment(images, t), net.segment(images, t, kp_weight=0.3), rtol=0, atol=0)
     maskclip = F.interpolate(kept, (14, 21), mode="bilinear", align_corners=False)
-    close(net.segment_maskclip(images, t), maskclip)
+    assert_close(net.segment_maskclip(images, t), maskclip)
 
 
 def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
@@ -556,7 +558,7 @@ def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
     t = F.normalize(torch.randn(3, 20), dim=-1)
     for segment in (net.segment, net.segment_maskclip):
         segment(images, t, refine=lambda image, mask: seen.append((image, mask.shape)) or mask)
-        close(seen[-1][0], small, rtol=1e-6, atol=1e-6)
+        assert_close(seen[-1][0], small, rtol=1e-6, atol=1e-6)
         assert seen[-1][1] == (2, 3, 8, 12)
 
 
@@ -573,9 +575,9 @@ def test_padded_pixels_are_zeros_and_are_cropped_from_the_masks(tmp_path):
     net, image = make_net(tmp_path), torch.randn(1, 3, 17, 24)  # 21 x 28: 4 rows (2 and 2), 4 columns
     t = F.normalize(torch.randn(2, 20), dim=-1)
     whole = net.segment(F.pad(image, (2, 2, 2, 2)), t)
-    close(net.segment(image, t), whole[..., 2:-2, 2:-2], rtol=0, atol=0)
+    assert_close(net.segment(image, t), whole[..., 2:-2, 2:-2], rtol=0, atol=0)
     whole = net.segment(F.pad(image[..., :16, :23], (2, 3, 2, 3)), t)  # 5 and 5: the smaller half left and top
-    close(net.segment(image[..., :16, :23], t), whole[..., 2:-3, 2:-3], rtol=0, atol=0)
+    assert_close(net.segment(image[..., :16, :23], t), whole[..., 2:-3, 2:-3], rtol=0, atol=0)
 
 
 def test_training_images_must_be_multiples_of_the_patch(tmp_path):
@@ -591,15 +593,15 @@ def test_a_clip_of_any_shape_trains_on_images_of_any_multiple(tmp_path):
 
 
 def test_norms_have_a_floor_of_1e_6():
-    close(gcl.normalize(torch.tensor([[3e-7, 4e-7], [3.0, 4.0]])), [[0.3, 0.4], [0.6, 0.8]])
-    close(gcl.normalize(torch.tensor([[3.0, 1.0], [4.0, 0.0]]), dim=0), [[0.6, 1.0], [0.8, 0.0]])
+    assert_close(gcl.normalize(torch.tensor([[3e-7, 4e-7], [3.0, 4.0]])), [[0.3, 0.4], [0.6, 0.8]])
+    assert_close(gcl.normalize(torch.tensor([[3.0, 1.0], [4.0, 0.0]]), dim=0), [[0.6, 1.0], [0.8, 0.0]])
 
 
 def test_text_embeddings_keep_the_leading_axes_and_have_length_one(tmp_path):
     net, (_, tokens) = make_net(tmp_path), make_batch(n=6)
     t = net.encode_text(tokens.reshape(2, 3, 11))
     assert t.shape == (2, 3, 20)
-    close(t.flatten(0, 1), F.normalize(net.clip.encode_text(tokens), dim=-1))
+    assert_close(t.flatten(0, 1), F.normalize(net.clip.encode_text(tokens), dim=-1))
 
 
 def test_class_names_go_into_every_template(released, seg):
@@ -701,7 +703,7 @@ def test_autocast_keeps_masks_pooling_and_losses_in_float32(tmp_path, monkeypatc
     assert set(seen) == {torch.float32} and len(seen) == 2 * 8
     for name in full:
         assert half[name].dtype == torch.float32
-        close(half[name], full[name], rtol=0.1, atol=0.02)
+        assert_close(half[name], full[name], rtol=0.1, atol=0.02)
 
 
 def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
@@ -712,7 +714,7 @@ def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             half = segment(images, t, refine=lambda image, mask: seen.append({image.dtype, mask.dtype}) or mask)
         assert half.dtype == torch.float32 and seen.pop() == {torch.float32}
-        close(half, full, rtol=0.1, atol=0.05)
+        assert_close(half, full, rtol=0.1, atol=0.05)
 
 
 def test_double_precision_gives_the_same_losses_and_masks(tmp_path):
@@ -722,8 +724,8 @@ def test_double_precision_gives_the_same_losses_and_masks(tmp_path):
     double = net.double()(images.double(), tokens, noise.double())
     for name, loss in losses.items():
         assert double[name].dtype == torch.float64
-        close(loss, double[name])
-    close(masks, net.segment(images.double(), t.double()))
+        assert_close(loss, double[name])
+    assert_close(masks, net.segment(images.double(), t.double()))
 
 
 # ---- one rank and two ---------------------------------------------------------------------------------------------
@@ -765,7 +767,7 @@ def ranks():
 def test_two_ranks_train_as_one_on_the_whole_batch(ranks, recipe):
     losses, grads = ddp_step(*ddp_case(recipe))
     for name, loss in losses.items():
-        close(sum(r[recipe][0][name] for r in ranks) / 2, loss, rtol=1e-5, atol=1e-6)
+        assert_close(sum(r[recipe][0][name] for r in ranks) / 2, loss, rtol=1e-5, atol=1e-6)
     assert any(name.startswith("block.") for name in grads) == (recipe == "release")
     for r in ranks:
         assert r[recipe][1].keys() == grads.keys()
@@ -1105,3 +1107,34 @@ OTHER_VISION += [{"final_ln_after_pool": True}, {"wings": 2}]
 def test_models_without_a_plain_vit_are_refused(tmp_path, vision):
     with pytest.raises(gcl.CheckpointError):
         gcl.load_clip(write_config(tmp_path, {**vision, "image_size": 64}), pretrained=None)
+
+
+def test_a_checkpoint_finds_its_clip_from_any_folder_and_without_its_config_file(tmp_path, monkeypatch):
+    config = write_config(tmp_path)
+    clip, _ = gcl.load_clip(config, None)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    monkeypatch.chdir(tmp_path)
+    net = gcl.GCL(gcl.load_clip("clip.json", "clip.pt")[0])
+    net.save("net.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(gcl.load("../net.pt").adapter.stages[0][1].conv.weight, net.adapter.stages[0][1].conv.weight)
+    os.remove(config)
+    assert gcl.load("../net.pt").clip.visual.patch_size == (7, 7)
+
+
+def test_an_incomplete_checkpoint_is_refused_by_name(tmp_path):
+    torch.save({"format": gcl.FORMAT, "model": {}}, tmp_path / "net.pt")
+    with pytest.raises(gcl.CheckpointError, match="incomplete checkpoint, 'area_prior' is missing"):
+        gcl.load(tmp_path / "net.pt")
+
+
+def test_another_head_width_is_another_clip(tmp_path):
+    """Same weights, same shapes, other masks: the fingerprint tells."""
+    clip = make_clip(tmp_path)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    gcl.GCL(gcl.load_clip(str(tmp_path / "clip.json"), tmp_path / "clip.pt")[0]).save(tmp_path / "net.pt")
+    (tmp_path / "other").mkdir()
+    other = write_config(tmp_path / "other", {"head_width": 16})
+    with pytest.raises(gcl.CheckpointError, match="was trained on another CLIP"):
+        gcl.load(tmp_path / "net.pt", model=other)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, golden, run_ranks
+from conftest import assert_close, golden, run_ranks
 
 import ops
 
@@ -18,7 +18,7 @@ def rand(*shape, seed=0):
 
 
 def exact(actual, expected):
-    close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 # ---- InfoNCE ------------------------------------------------------------------------------------------------------
@@ -86,10 +86,10 @@ def test_gumbel_sigmoid_has_the_golden_samples_and_gradients(tau):
     z = golden("forward_A")
     logits = z["gumbel_logits"].requires_grad_()
     hard = ops.gumbel_sigmoid(logits, z["u"], float(tau))
-    close(hard, z[f"gumbel_hard_tau{tau}"])
-    close(hard, (z[f"gumbel_soft_tau{tau}"] > 0.5).float())
+    assert_close(hard, z[f"gumbel_hard_tau{tau}"])
+    assert_close(hard, (z[f"gumbel_soft_tau{tau}"] > 0.5).float())
     (hard * z["gumbel_weights"]).sum().backward()
-    close(logits.grad, z[f"gumbel_grad_tau{tau}"])
+    assert_close(logits.grad, z[f"gumbel_grad_tau{tau}"])
 
 
 def test_gumbel_gradient_is_that_of_the_relaxed_sample():
@@ -109,7 +109,7 @@ def test_gumbel_sample_is_one_with_the_masks_probability(logit):
 
 def test_gumbel_sample_is_binary_and_finite_at_the_ends_of_the_noise():
     sure = torch.tensor([30.0, -30.0])
-    close(ops.gumbel_sigmoid(sure, torch.tensor([0.0, 1.0])), [1.0, 0.0])  # torch.rand does draw 0.0
+    assert_close(ops.gumbel_sigmoid(sure, torch.tensor([0.0, 1.0])), [1.0, 0.0])  # torch.rand does draw 0.0
     logits = torch.linspace(-30, 30, 61).requires_grad_()
     for u in (0.0, 1e-9, 0.3, 0.999999, 1.0):
         sample = ops.gumbel_sigmoid(logits, torch.full((61,), u))
@@ -174,8 +174,8 @@ def test_area_prior_of_a_single_pair_has_no_negatives():
     masks = torch.full((1, 1, 2, 2), 0.9, requires_grad=True)
     pos, neg = ops.area_prior(masks, p_neg=0.7)
     (pos + neg).backward()
-    close(torch.stack([pos, neg]), [0.5, 0.0])
-    close(masks.grad, torch.full((1, 1, 2, 2), 0.25))
+    assert_close(torch.stack([pos, neg]), [0.5, 0.0])
+    assert_close(masks.grad, torch.full((1, 1, 2, 2), 0.25))
 
 
 # ---- total variation ----------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(ranks, name):
     loss, split, shared = cases()[name]
     tolerance = 1e-10 if split[0].dtype == torch.float64 else 1e-5
     for ours, truth in zip(ddp([r[name] for r in ranks], len(split)), run(loss, split, shared), strict=True):
-        close(ours, truth, rtol=tolerance, atol=tolerance)
+        assert_close(ours, truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -287,14 +287,14 @@ def test_info_nce_has_the_golden_loss_and_gradients(ranks, name, prefix, world):
     ours = run(*cases()[name]) if world == 1 else ddp([r[name] for r in ranks], n_split=2)
     keys = ["loss", "grad_img", "grad_txt", "grad_logit_scale"]
     for value, key in zip(ours, keys, strict=True):
-        close(value, z[f"{prefix}_w1_{key}"])
+        assert_close(value, z[f"{prefix}_w1_{key}"])
 
 
 def test_every_ranks_own_plain_loss_is_the_releases(ranks):
     z = golden("infonce_ddp")
     for rank in range(RANKS):
         for value, key in zip(ranks[rank]["plain"], ["loss", "grad_img", "grad_txt", "grad_logit_scale"], strict=True):
-            close(value, z[f"infonce_w2_rank{rank}_{key}"])
+            assert_close(value, z[f"infonce_w2_rank{rank}_{key}"])
 
 
 def test_release_differs_on_two_ranks_and_ours_does_not(ranks):

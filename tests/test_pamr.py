@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, close, golden
+from conftest import ROOT, assert_close, golden
 
 import pamr
 
@@ -76,18 +76,18 @@ def rand(*shape):
 def test_pamr_is_the_plain_loop_over_pixels(iterations, dilations, size, mask_size):
     image, mask = rand(2, 3, *size), rand(2, 3, *mask_size)
     refined = pamr.pamr(image, mask, iterations=iterations, dilations=dilations)
-    close(refined, loop(image, mask, iterations, dilations), rtol=1e-9, atol=1e-9)
+    assert_close(refined, loop(image, mask, iterations, dilations), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("contrast", [0.0, 1e-8, 1e3])  # the smallest are near the 1e-8 under the fraction
 def test_pamr_is_the_plain_loop_at_any_contrast(contrast):
     image, mask = contrast * rand(1, 3, 4, 5), rand(1, 2, 4, 5)
-    close(pamr.pamr(image, mask, 2, (1, 3)), loop(image, mask, 2, (1, 3)), rtol=1e-9, atol=1e-9)
+    assert_close(pamr.pamr(image, mask, 2, (1, 3)), loop(image, mask, 2, (1, 3)), rtol=1e-9, atol=1e-9)
 
 
 def test_pamr_defaults_are_ten_iterations_and_six_dilations():
     image, mask = rand(1, 3, 6, 5), rand(1, 1, 3, 2)
-    close(pamr.pamr(image, mask), loop(image, mask, 10, ALL), rtol=1e-9, atol=1e-9)
+    assert_close(pamr.pamr(image, mask), loop(image, mask, 10, ALL), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("iterations", [1, 10])
@@ -95,7 +95,7 @@ def test_pamr_defaults_are_ten_iterations_and_six_dilations():
 def test_pamr_has_the_golden_masks(iterations, dilations):
     z = golden("pamr")
     refined = pamr.pamr(z["x"], z["mask"], iterations=iterations, dilations=dilations)
-    close(refined, z[f"out_iter{iterations}_dil{'-'.join(map(str, dilations))}"])
+    assert_close(refined, z[f"out_iter{iterations}_dil{'-'.join(map(str, dilations))}"])
 
 
 def test_neighbours_at_a_corner_repeat_the_border():
@@ -109,12 +109,12 @@ def test_affinities_are_positive_and_rows_add_to_one():
     image, index = rand(3, 6 * 7), pamr.neighbours(6, 7, ALL)
     weights = pamr.affinity(image, index, len(ALL))
     assert weights.shape == (42, 48) and bool((weights > 0).all())
-    close(weights.sum(1), torch.ones(42), rtol=1e-12, atol=1e-12)
+    assert_close(weights.sum(1), torch.ones(42), rtol=1e-12, atol=1e-12)
 
 
 def test_constant_mask_stays_constant_and_values_stay_in_range():
     image, mask, constant = rand(1, 3, 16, 20), rand(1, 2, 16, 20), torch.tensor(0.37, dtype=torch.float64)
-    close(pamr.pamr(image, constant.expand(1, 2, 8, 9)), constant.expand(1, 2, 16, 20), rtol=0, atol=1e-12)
+    assert_close(pamr.pamr(image, constant.expand(1, 2, 8, 9)), constant.expand(1, 2, 16, 20), rtol=0, atol=1e-12)
     refined = pamr.pamr(image, mask)
     assert mask.min() <= refined.min() and refined.max() <= mask.max()
 
@@ -141,7 +141,9 @@ def test_half_precision_masks_keep_their_type_and_are_refined_in_float32(dtype, 
     refined = pamr.pamr(image, mask)
     assert refined.dtype == dtype
     assert torch.equal(refined, pamr.pamr(image, mask.float()).to(dtype))
-    close(pamr.pamr(image.to(dtype), mask).float(), pamr.pamr(image.to(dtype).float(), mask.float()), tolerance, 0)
+    assert_close(
+        pamr.pamr(image.to(dtype), mask).float(), pamr.pamr(image.to(dtype).float(), mask.float()), tolerance, 0
+    )
 
 
 class Elsewhere(torch.Tensor):
@@ -155,7 +157,7 @@ def test_devices_without_sparse_products_get_the_same_masks(monkeypatch):
     expected = pamr.pamr(image, mask, iterations=4, dilations=(1, 3, 24))
     monkeypatch.delattr(torch, "sparse_coo_tensor")
     elsewhere = pamr.pamr(image, mask.as_subclass(Elsewhere), iterations=4, dilations=(1, 3, 24))
-    close(elsewhere.as_subclass(torch.Tensor), expected, rtol=1e-5, atol=1e-6)
+    assert_close(elsewhere.as_subclass(torch.Tensor), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_hold_a_value_per_class_and_neighbour():

