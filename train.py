@@ -236,7 +236,8 @@ def start_run(args):
         print(f"{what}, {dtype or torch.float32}, steps {start} to {args.steps}", flush=True)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return SimpleNamespace(**locals())
+    parts = {"net": net, "loader": loader, "optimizer": optimizer, "scaler": scaler, "dtype": dtype, "start": start}
+    return SimpleNamespace(**parts, device=device, rank=rank, ranks=ranks)
 
 
 def begin_logs(args, start, facts):
@@ -296,5 +297,8 @@ if __name__ == "__main__":
     except (data.DataError, gcl.CheckpointError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # what all ranks of a node find is said once
             # A loader process sends its whole traceback as the message; the last line is what happened.
-            print(f"error: {str(error).splitlines()[-1].removeprefix('data.DataError: ')}", file=sys.stderr)
+            print(
+                f"error: {(str(error) or repr(error)).splitlines()[-1].removeprefix('data.DataError: ')}",
+                file=sys.stderr,
+            )
         sys.exit(1)

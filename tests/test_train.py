@@ -211,6 +211,14 @@ def test_a_non_finite_gradient_leaves_the_weights_alone(world):
     assert norm.isfinite() and not torch.equal(net.w, before["w"])
 
 
+def test_twenty_non_finite_gradients_in_a_row_stop_the_run(world, tmp_path, monkeypatch):
+    norms = [math.nan] * 19 + [1.0] + [math.nan] * 30  # a finite one in between starts the count again
+    monkeypatch.setattr(train, "train_step", lambda *_: ({}, torch.tensor(norms.pop(0))))
+    command = "--batch-size 2 --steps 60 --warmup-steps 0 --log-every 100".split()
+    with pytest.raises(data.DataError, match="step 39: 20 non-finite gradients in a row"):
+        train.main(train.parse_args([*world[1], *CPU, *command, "--out", str(tmp_path)]))
+
+
 def test_bf16_autocast_stays_close_to_float32(world):
     clip, tokenizer = gcl.load_clip(world[1][3], world[1][5])
     net = gcl.GCL(clip, losses=gcl.LOSSES).train()
