@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Data: image-text pairs from tar shards for training, and labelled sets for evaluation. Sec. 4.1 of the paper.
 
+    python data.py check --data-root data    # are the eight benchmarks there and whole? a table
+    python data.py check 'data/gcc3m/*.tar'  # the image-text pairs of tar shards
+    python data.py prepare-context           # PASCAL Context's label PNGs and val.txt from its .mat files
+
     data/gcc3m/{000..331}.tar      image + caption under one stem (.jpg .jpeg .png .webp, with .txt or .json), as
                                    img2dataset writes them; globs and {first..last} ranges both work
     data/VOCdevkit/VOC2012/...     the eight benchmarks in the layout of their downloads (the table BENCHMARKS below)
@@ -9,15 +13,20 @@
 Needs torch, torchvision, numpy and pillow; no tar or web-dataset package.
 """
 
+import argparse
 import bisect
+import contextlib
 import difflib
 import glob
 import io
 import json
+import multiprocessing
 import os
 import re
+import struct
 import sys
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +202,13 @@ class GlobalOrder:
             yield batch
 
 
+def check_shards(patterns):
+    """Prints how many pairs the shards hold; returns the exit code."""
+    shards = expand_shards(patterns)
+    print(f"{sum(len(scan_shard(path)) for path in shards)} pairs in {len(shards)} shards")
+    return 0
+
+
 # ---- labelled sets --------------------------------------------------------------------------------------------------
 
 
@@ -240,36 +256,71 @@ def read_image(path):
         raise DataError(f"{path}: not an image that can be read ({error})") from error
 
 
-def read_label(path, lut):
-    """Class indices int64 [h, w], IGNORE where not scored. DataError names the file and the value that does not fit."""
+def read_stored(path):
+    """The values of a label PNG as stored, integers [h, w]; DataError names a file that is no such PNG."""
     try:
         with Image.open(path) as image:
             mode, stored = image.mode, np.array(image)
     except UNREADABLE as error:
         raise DataError(f"{path}: not a label that can be read ({error})") from error
-    if stored.ndim != 2:
-        raise DataError(f"{path}: stored as {mode} colours; labels must be index PNGs (palette or grey)")
-    stored = stored.astype(np.int64)
-    label = np.where((stored >= 0) & (stored < 256), lut[stored & 255], INVALID).astype(np.int64)  # [h, w]
-    if (label == INVALID).any():
-        value = stored[label == INVALID][0]
-        raise DataError(f"{path}: label value {value} is outside the class list of this set")
-    return label
+    if stored.ndim != 2 or stored.dtype.kind == "f":
+        hint = "saved again by an image editor? Take the original file"
+        raise DataError(f"{path}: stored as {mode}, not as class indices; a label is a palette or grey PNG ({hint})")
+    return stored.astype(np.uint8) if stored.dtype == bool else stored
+
+
+def values_of(stored):
+    """The distinct values of a label, sorted, as a list of int."""
+    fast = stored.dtype == np.uint8  # counting beats sorting
+    return (np.flatnonzero(np.bincount(stored.ravel())) if fast else np.unique(stored)).tolist()
+
+
+def misfit(path, values, lut):
+    """What to say of the first stored value that the rule does not allow; None when all are allowed."""
+    for value in values:
+        if not 0 <= value < 256 or lut[value] == INVALID:
+            return f"{path}: label value {value} is outside the class list of this set (it allows {allowed(lut)})"
+
+
+def allowed(lut):
+    """The stored values that a rule allows, in short: "0-20 255"."""
+    return spans(np.flatnonzero(lut != INVALID).tolist())
+
+
+def spans(values):
+    """Integers in short: [0, 1, 2, 255] is "0-2 255"."""
+    starts, ends = ([v for v in values if v + step not in values] for step in (-1, 1))
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def read_label(path, lut):
+    """Class indices int64 [h, w], IGNORE where not scored. DataError names the file and the value that does not fit."""
+    stored = read_stored(path)
+    if wrong := misfit(path, values_of(stored), lut):
+        raise DataError(wrong)
+    return lut[stored].astype(np.int64)  # [h, w]
+
+
+def read_pair(image_path, label_path):
+    """The distinct stored values of an image's label; DataError when a file is broken or their sizes disagree."""
+    stored = read_stored(label_path)
+    try:
+        with Image.open(image_path) as image:  # the header alone
+            width, height = image.size
+    except UNREADABLE as error:
+        raise DataError(f"{image_path}: not an image that can be read ({error})") from error
+    if stored.shape != (height, width):
+        sizes = f"{width}x{height}, its label {label_path} is {stored.shape[1]}x{stored.shape[0]}"
+        raise DataError(f"{image_path}: the image is {sizes}; they must agree")
+    return values_of(stored)
 
 
 def check_labels(dataset):
     """Reads every label and every image's header before any long work: sizes must agree, values must fit."""
     with tqdm(dataset.items, desc=f"checking {dataset.name}", leave=False) as bar:
-        for _, image_path, label_path, lut in bar:
-            label = read_label(label_path, lut)
-            try:
-                with Image.open(image_path) as image:
-                    width, height = image.size
-            except UNREADABLE as error:
-                raise DataError(f"{image_path}: not an image that can be read ({error})") from error
-            if label.shape != (height, width):
-                sizes = f"{width}x{height}, its label {label_path} is {label.shape[1]}x{label.shape[0]}"
-                raise DataError(f"{image_path}: the image is {sizes}; they must agree")
+        for _, image, label, lut in bar:
+            if wrong := misfit(label, read_pair(image, label), lut):
+                raise DataError(wrong)
 
 
 SPEC_DEFAULTS = {
@@ -383,6 +434,12 @@ CONTEXT_CLASSES = (
     "mountain,mouse,person,plate,platform,pottedplant,road,rock,sheep,shelves,sidewalk,sign,sky,snow,sofa,table,"
     "track,train,tree,truck,tvmonitor,wall,water,window,wood"
 ).split(",")
+# The ids of PASCAL Context's 459-class maps: the k-th is class k, so 0 is the background and 2 is aeroplane, class 1.
+CONTEXT_IDS = (
+    [0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159]
+    + [162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368]
+    + [397, 415, 416, 420, 424, 427, 440, 445, 454, 458]
+)
 # The first 80 are COCO-Object's.
 COCO_CLASSES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -583,26 +640,32 @@ BENCHMARKS = {  # in the order of Table 1
 
 
 def read_benchmark(name, data_root):
-    """A benchmark under data_root as a SegmentationSet; DataError names the first missing piece."""
+    """A benchmark under data_root as a SegmentationSet; DataError says in one line what is missing of it."""
     bench = BENCHMARKS[name]
     root = Path(data_root) / bench.root
+    folders = [root / pattern.split("{id}")[0] for pattern in (bench.images, bench.labels[-1][0])]
+    listed = [root / bench.list] if bench.list else []
+    if missing := [p for p in folders + listed if not p.exists()] if root.is_dir() else [root]:
+        hint = " (python data.py prepare-context makes labels and list)" if name.startswith("context") else ""
+        raise DataError(f"{name}: {', '.join(map(str, missing))} missing{hint}")
     if bench.list:
         ids = read_list(root / bench.list)
     else:
-        before, after = bench.images.split("{id}")
-        folder = root / before
-        found = folder.glob("**/*" + after)
-        ids = sorted(p.relative_to(folder).as_posix().removesuffix(after) for p in found)
+        after = bench.images.split("{id}")[1]
+        found = [p for p in folders[0].glob("**/*" + after) if p.name[0] != "."]  # some archives bring ._ files along
+        ids = sorted(p.relative_to(folders[0]).as_posix().removesuffix(after) for p in found)
         if not ids:
-            raise DataError(f"{name}: no *{after} under {folder}")
-    items = []
+            raise DataError(f"{name}: no *{after} under {folders[0]}")
+    items, missing = [], []
     for i in ids:
         image = root / bench.images.format(id=i)
         choices = [(root / path.format(id=i), lut) for path, lut in bench.labels]
-        label, lut = next(((path, lut) for path, lut in choices if path.is_file()), (None, None))
-        if label is None or not image.is_file():
-            raise DataError(f"{name}: {choices[-1][0] if label is None else image} is missing")
+        label, lut = next(((path, lut) for path, lut in choices if path.is_file()), (choices[-1][0], None))
+        missing += [path for path, there in ((image, image.is_file()), (label, lut is not None)) if not there]
         items.append((i, str(image), str(label), lut))
+    if missing:
+        more = f" and {len(missing) - 1} more images or labels" if len(missing) > 1 else ""
+        raise DataError(f"{name}: {missing[0]}{more} missing")
     return SegmentationSet(name, bench.classes, bench.background, items, bench.palette, bench.full, bench.partial)
 
 
@@ -612,5 +675,205 @@ def read_set(name_or_spec, data_root):
         return read_benchmark(name_or_spec, data_root)
     if name_or_spec.endswith(".json"):
         return read_spec(name_or_spec)
-    close = difflib.get_close_matches(name_or_spec, BENCHMARKS) or list(BENCHMARKS)
+    close = difflib.get_close_matches(name_or_spec.lower(), BENCHMARKS) or list(BENCHMARKS)
     raise DataError(f"--datasets {name_or_spec}: unknown; did you mean {', '.join(close)}, or a SPEC.json?")
+
+
+# ---- python data.py check -------------------------------------------------------------------------------------------
+
+TABLE = "{:<13}{:<9}{:<14}{:<24}{}"  # a line of the table
+SHOWN = 5  # files of a set that are named when many are wrong
+
+
+def in_parallel(function, items, workers, what):
+    """[function(item) for item in items] by several processes, with a progress bar."""
+    with multiprocessing.Pool(workers) if workers > 1 and items else contextlib.nullcontext() as pool:
+        results = pool.imap(function, items, chunksize=8) if pool else map(function, items)
+        return list(tqdm(results, desc=what, total=len(items), leave=False))
+
+
+def pair_or_error(paths):
+    """read_pair, for a pool: the text of its DataError instead of the error."""
+    try:
+        return read_pair(*paths)
+    except DataError as error:
+        return str(error)
+
+
+def check_sets(names, data_root, workers=1):
+    """Prints a table of the sets, then what is wrong with them; returns the exit code, 0 only when all are whole."""
+    seen, report = {}, []
+    print(TABLE.format("set", "state", "images", "label values", "allowed by the rule"))
+    for name in names:
+        try:
+            dataset = read_set(name, data_root)
+        except DataError as error:
+            report.append(str(error))
+            print(TABLE.format(name, "missing", "", "", "").rstrip())
+            continue
+        todo = [item[1:3] for item in dataset.items if item[1:3] not in seen]  # voc and voc20 share their files
+        seen.update(zip(todo, in_parallel(pair_or_error, todo, workers, f"checking {name}"), strict=True))
+        row, wrong = check_set(dataset, seen)
+        print(TABLE.format(dataset.name, "wrong" if wrong else "ok", *row))
+        report += [f"{dataset.name}: {line}" for line in wrong]
+    print("".join(f"\n{line}" for line in report), end="\n" if report else "")
+    return int(bool(report))
+
+
+def check_set(dataset, seen):
+    """One set, of the values or errors that were seen: (columns of the table, lines of what is wrong)."""
+    found = [(label, seen[image, label], lut) for _, image, label, lut in dataset.items]
+    wrong = [v if isinstance(v, str) else misfit(label, v, lut) for label, v, lut in found]
+    wrong = [line for line in wrong if line]
+    if len(wrong) > SHOWN:
+        wrong[SHOWN:] = [f"and {len(wrong) - SHOWN} more files"]
+    full = dataset.full or len(dataset)
+    if len(dataset) != full:
+        wrong.append(f"{len(dataset)} images, the benchmark has {full}: results will be marked partial")
+    values = sorted({value for _, v, _ in found if not isinstance(v, str) for value in v})
+    rules = " or ".join({allowed(lut): None for *_, lut in found})  # more than one where some files are converted
+    return (f"{len(dataset)} of {full}", spans(values), rules), wrong
+
+
+# ---- python data.py prepare-context ---------------------------------------------------------------------------------
+
+MAT_FOLDER = "trainval"  # as trainval.tar.gz unpacks
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+
+
+def mat_elements(content, order):
+    """(type, bytes) of the data elements in the body of a MATLAB 5 MAT-file; compressed ones are unpacked."""
+    at = 0
+    while at < len(content):
+        kind, size = struct.unpack_from(order + "II", content, at)
+        start, at = at + 8, at + 8 + size + (-size % 8 if kind != MAT_COMPRESSED else 0)
+        if kind >> 16:  # a small element: size, type and up to 4 bytes in the place of a tag
+            kind, size, start, at = kind & 0xFFFF, kind >> 16, start - 4, start
+        if start + size > len(content):
+            raise ValueError("it ends inside an element")
+        body = content[start : start + size]
+        yield from mat_elements(zlib.decompress(body), order) if kind == MAT_COMPRESSED else [(kind, body)]
+
+
+def read_mat(path, name):
+    """The real matrix [h, w] of this name in a MATLAB 5 MAT-file; DataError names a file that has none."""
+    try:
+        content = Path(path).read_bytes()
+        order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(content[124:128])  # version 1, in the file's own byte order
+        if not order:
+            raise ValueError("no such header")
+        for kind, body in mat_elements(content[128:], order):
+            flags, shape, called, values = [*mat_elements(body, order)][:4] if kind == MAT_MATRIX else [(0, b"")] * 4
+            if called[1] == name.encode():
+                height, width = struct.unpack(order + "2i", shape[1])
+                return np.frombuffer(values[1], order + MAT_TYPES[values[0]]).reshape(width, height).T  # [h, w]
+    except (OSError, ValueError, KeyError, struct.error, zlib.error) as error:
+        raise DataError(f"{path}: cut off, or not a MATLAB 5 MAT-file ({error})") from error
+    raise DataError(f"{path}: holds no matrix {name}")
+
+
+def write_whole(path, write):
+    """write(temporary path), then the final name: a file is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def context_label(paths):
+    """One (.mat, .png): the 459 classes become 60; every id that is not one of CONTEXT_IDS is background, 0."""
+    mat, png = paths
+    ids = read_mat(mat, "LabelMap").astype(np.int64)  # [h, w]
+    values = np.unique(ids)
+    if not values.size or values[0] < 0 or values[-1] > 459:
+        raise DataError(f"{mat}: LabelMap holds {spans(values.tolist())}; PASCAL Context's ids are 0 to 459")
+    table = np.zeros(460, dtype=np.uint8)
+    table[CONTEXT_IDS] = np.arange(60)
+    label = Image.fromarray(table[ids])
+    label.putpalette([v for colour in ADE_PALETTE[:60] for v in colour])
+    write_whole(png, lambda temporary: label.save(temporary, "PNG"))
+
+
+def context_val_ids(root, mats):
+    """The ids of PASCAL Context's validation images.
+
+    Paper silent: which. The benchmark's 5,104 (MMSegmentation's) are those that trainval_merged.json calls val; where
+    neither it nor a val.txt is there, VOC2010's val images, one more, and the result is marked.
+    """
+    own, merged = root / BENCHMARKS["context"].list, root / "trainval_merged.json"
+    if own.is_file():
+        return read_list(own)
+    if not merged.is_file():
+        return [i for i in read_list(root / "ImageSets/Main/val.txt") if (mats / f"{i}.mat").is_file()]
+    try:
+        images = json.loads(read_text(merged))["images"]
+        return sorted(Path(image["file_name"]).stem for image in images if image["phase"] == "val")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{merged}: has no images with file_name and phase ({error!r})") from error
+
+
+def prepare_context(data_root, mats=None, workers=1):
+    """SegmentationClassContext/*.png, then val.txt, from the 459-class .mat files; files that are there are kept."""
+    bench = BENCHMARKS["context"]
+    root = Path(data_root) / bench.root
+    mats, listed = Path(mats or root / MAT_FOLDER), root / bench.list
+    if not mats.is_dir():
+        raise DataError(f"{mats}: no such folder; unpack PASCAL Context's trainval.tar.gz there, or give --mat")
+    ids = context_val_ids(root, mats)
+    pairs = [(mats / f"{i}.mat", root / bench.labels[0][0].format(id=i)) for i in ids]
+    todo = [(mat, png) for mat, png in pairs if not png.is_file()]
+    missing = [mat for mat, _ in todo if not mat.is_file()]
+    if missing or not ids:
+        raise DataError(f"{(missing or [mats])[0]}: {len(missing) or 'all'} of the val images' .mat files are missing")
+    pairs[0][1].parent.mkdir(exist_ok=True)
+    in_parallel(context_label, todo, workers, "PASCAL Context")
+    if not listed.is_file():  # last: what it lists is there
+        listed.parent.mkdir(exist_ok=True)
+        write_whole(listed, lambda temporary: temporary.write_text("".join(f"{i}\n" for i in ids)))
+    print(f"{listed}: {len(ids)} images; {len(todo)} label PNGs written, {len(ids) - len(todo)} were there")
+    if len(ids) != bench.full:
+        hint = f"for its own list put trainval_merged.json into {root}, delete {listed.name} and run again"
+        print(f"warning: the benchmark has {bench.full} images, so results are marked partial; {hint}", file=sys.stderr)
+    return 0
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """The command line of check and prepare-context."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    what = "are labelled sets there and whole? Exit code 1 when one is missing, partial or wrong"
+    check = commands.add_parser("check", help=what, description=what)
+    of = check.add_mutually_exclusive_group()
+    of.add_argument("shards", nargs="*", default=[], metavar="SHARD", help="tar shards of image-text pairs instead")
+    of.add_argument("--datasets", nargs="+", metavar="NAME|SPEC.json", help="default: the eight benchmarks")
+    what = "PASCAL Context's label PNGs and val.txt from its 459-class .mat files; what is there is kept"
+    prepare = commands.add_parser("prepare-context", help=what, description=what)
+    prepare.add_argument("--mat", help=f"folder of the .mat files; default: {MAT_FOLDER} in VOCdevkit/VOC2010")
+    for command in (check, prepare):
+        command.add_argument("--data-root", default="data", help="folder of the benchmarks (default: data)")
+        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    args = p.parse_args(argv)
+    if args.workers < 1:
+        p.error("--workers must be at least 1")
+    return args
+
+
+def main(args):
+    """One command; returns the exit code."""
+    if args.command == "prepare-context":
+        return prepare_context(args.data_root, args.mat, args.workers)
+    if args.shards:
+        return check_shards(args.shards)
+    return check_sets(args.datasets or list(BENCHMARKS), args.data_root, args.workers)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        sys.exit(main(arguments))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
