@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Labelled sets: SPEC.json, label files, the eight benchmarks."""
+"""Labelled sets: SPEC.json, label files, the eight benchmarks, `data.py check` and `data.py prepare-context`."""
 
+import ast
+import base64
+import dataclasses
 import json
+import re
+import struct
+import zlib
 
 import conftest
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_set
+from tiny import check_refused, make_set, run
 
 import data
 
 RULES = json.loads((conftest.GOLDEN / "datasets.json").read_text())
+NAMES = list(RULES)[1:9]  # the eight benchmarks
 
 
 # ---- labelled sets ----
@@ -76,9 +83,6 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(data.DataError, match="labels/1.png: stored as RGB"):
         data.check_labels(found)
     Image.fromarray(stored[:-1]).save(label)
-    with pytest.raises(data.DataError, match="label value 7"):
-        data.check_labels(found)
-    Image.fromarray(np.zeros((47, 32), dtype=np.uint8)).save(label)
     with pytest.raises(data.DataError, match="images/1.png: the image is 32x48.*32x47"):
         data.check_labels(found)
     label.write_bytes(b"nothing")
@@ -86,15 +90,44 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
         data.check_labels(found)
 
 
-def test_palette_and_grey_labels_are_the_same(tmp_path):
-    values = np.arange(9, dtype=np.uint8).reshape(3, 3)
-    grey, palette = Image.fromarray(values), Image.fromarray(values)
-    palette.putpalette(list(range(255, -1, -1)) * 3)
-    grey.save(tmp_path / "g.png")
-    palette.save(tmp_path / "p.png")
+@pytest.mark.parametrize("kind", ["grey", "palette", "4-bit palette", "16-bit grey", "32-bit grey"])
+def test_palette_and_grey_labels_are_the_same(tmp_path, kind):
+    values = np.array([[0, 1, 2], [8, 7, 3], [5, 5, 6 if "4-bit" in kind else 255]], dtype=np.uint8)
+    wide = {"16-bit grey": np.uint16, "32-bit grey": np.int32}.get(kind, np.uint8)
+    image = Image.fromarray(values.astype(wide))
+    if "palette" in kind:
+        image.putpalette(list(range(255, -1, -1)) * 3)
+    path = tmp_path / ("x.tif" if "32" in kind else "x.png")
+    image.save(path, **({"bits": 4} if "4-bit" in kind else {}))
+    read = data.read_label(str(path), data.lookup_table(range(9), [255]))
+    assert read.tolist() == values.tolist() and read.dtype == np.int64
+
+
+def test_values_that_no_rule_allows_are_named_with_what_it_allows(tmp_path):
     lut = data.lookup_table(range(9), [255])
-    for name in ("g.png", "p.png"):
-        assert data.read_label(str(tmp_path / name), lut).tolist() == values.tolist()
+    for dtype, value in ((np.uint8, 9), (np.uint8, 254), (np.uint16, 256), (np.uint16, 65535), (np.int32, -1)):
+        stored = np.zeros((3, 4), dtype=dtype)
+        stored[2, 1] = value
+        path = tmp_path / ("x.tif" if dtype is np.int32 else "x.png")
+        Image.fromarray(stored).save(path)
+        message = f"{path.name}: label value {value} is outside the class list of this set \\(it allows 0-8 255\\)"
+        with pytest.raises(data.DataError, match=message):
+            data.read_label(str(path), lut)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+def test_labels_saved_as_colours_are_named_as_what_they_are(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "F" else "x.png")
+    Image.fromarray(np.zeros((3, 4), dtype=np.uint8)).convert(mode).save(path)
+    message = f"{path.name}: stored as {mode}, not as class indices; a label is a palette or grey PNG"
+    with pytest.raises(data.DataError, match=message):
+        data.read_label(str(path), data.lookup_table(range(9), [255]))
+
+
+def test_a_label_of_one_bit_is_zeros_and_ones(tmp_path):
+    values = np.array([[0, 1, 1], [1, 0, 0]], dtype=np.uint8)
+    Image.fromarray(values.astype(bool)).save(tmp_path / "x.png")
+    assert data.read_label(str(tmp_path / "x.png"), data.lookup_table(range(2), [255])).tolist() == values.tolist()
 
 
 # ---- the eight benchmarks ----
@@ -114,33 +147,380 @@ def expected_class(name, path, value):
     return 255 if value == 255 else value if value < n else -1
 
 
-@pytest.mark.parametrize("name", list(RULES)[1:9])
-def test_a_benchmark_in_its_own_layout_reads_every_stored_value(tmp_path, name):
-    rule, found = RULES[name], data.BENCHMARKS[name]
+def make_benchmark(data_root, name, ids=("one", "two"), values=((0, 1), (2, 255)), converted=False):
+    """A benchmark in the layout of its download, every label with these values; returns the label paths."""
+    rule = RULES[name]
     patterns = rule["label"] if isinstance(rule["label"], list) else [rule["label"]]
-    root = tmp_path / rule["root"]
-    for pattern in reversed(patterns):  # the original first; the converted file is preferred once it is there
-        for image_id in ("one", "two"):
-            for path in (rule["image"], pattern):
-                target = root / path.format(id=image_id, city="ulm")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(target)
-        if rule["list"]:
-            (root / rule["list"]).parent.mkdir(parents=True, exist_ok=True)
-            (root / rule["list"]).write_text("one\ntwo\n")
+    root, labels = data_root / rule["root"], []
+    for image_id in ids:
+        for pattern in (rule["image"], patterns[0 if converted else -1]):
+            path = root / pattern.format(id=image_id, city="ulm")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.array(values, dtype=np.uint8)).save(path)
+        labels.append(path)
+    if rule["list"]:
+        (root / rule["list"]).parent.mkdir(parents=True, exist_ok=True)
+        (root / rule["list"]).write_text("".join(f"{i}\n" for i in ids))
+    return labels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_in_its_own_layout_reads_every_stored_value(tmp_path, name):
+    """The original files first; the converted ones are preferred once they are there."""
+    for converted in (False, True):
+        labels = make_benchmark(tmp_path, name, converted=converted)
         read = data.read_set(name, str(tmp_path))
-        assert [str(i).split("/")[-1] for i, *_ in read.items] == ["one", "two"] and read.full == rule["images"]
-        _, _, label, lut = read.items[0]
-        assert label == str(root / pattern.format(id="one", city="ulm"))
-        assert lut.tolist() == [expected_class(name, pattern, value) for value in range(256)]
+        ids = ["one", "two"] if name != "cityscapes" else ["ulm/one", "ulm/two"]
+        assert [i for i, *_ in read.items] == ids and read.full == RULES[name]["images"]
+        _, _, path, lut = read.items[0]
+        assert path == str(labels[0])
+        expected = [expected_class(name, path, value) for value in range(256)]
+        allowed = [value for value in range(256) if expected[value] != -1]
+        Image.fromarray(np.array([allowed], dtype=np.uint8)).save(path)
+        assert data.read_label(path, lut).tolist() == [[expected[value] for value in allowed]]
+        for value in sorted({*range(256)} - {*allowed})[::25]:
+            Image.fromarray(np.full((2, 3), value, dtype=np.uint8)).save(path)
+            with pytest.raises(data.DataError, match=f"{labels[0].name}: label value {value} is outside"):
+                data.read_label(path, lut)
+        assert [k for k in range(256) if lut[k] == data.INVALID] == [k for k in range(256) if expected[k] == -1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_colours_are_those_of_the_protocol(name):
+    found, rule = data.BENCHMARKS[name], RULES[name]
     assert found.classes == rule["classes"] and found.palette == rule["palette"] and found.title == rule["title"]
     assert found.background == rule["background"]
     assert list(found.partial) == RULES["partial_classes"].get(name, [])
 
 
-def test_missing_benchmarks_and_unknown_names_are_explained(tmp_path):
-    for name in data.BENCHMARKS:
-        with pytest.raises(data.DataError):
+PINNED = {  # stored value -> class, from the label lists that come with the datasets
+    "voc": {0: "background", 1: "aeroplane", 15: "person", 20: "tvmonitor", 255: None},
+    "voc20": {0: None, 1: "aeroplane", 15: "person", 20: "tvmonitor", 255: None},
+    "context": {0: "background", 1: "aeroplane", 37: "person", 59: "wood", 255: None},
+    "context59": {0: None, 1: "aeroplane", 37: "person", 59: "wood", 255: None},
+    "coco_object": {0: "person", 12: "stop sign", 15: "bird", 89: "toothbrush", 11: "background", 91: "background"}
+    | {148: "background", 255: "background"},
+    "coco_stuff": {0: "person", 12: "stop sign", 89: "toothbrush", 91: "banner", 123: "grass", 148: "road"}
+    | {156: "sky-other", 168: "tree", 181: "wood", 11: None, 90: None, 182: None, 255: None},
+    "cityscapes": {7: "road", 8: "sidewalk", 11: "building", 17: "pole", 20: "traffic sign", 24: "person", 26: "car"}
+    | {28: "bus", 31: "train", 33: "bicycle", 0: None, 9: None, 18: None, 29: None, 255: None},
+    "ade20k": {0: None, 1: "wall", 3: "sky", 5: "tree", 8: "bed ", 13: "person", 150: "flag", 255: None},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_known_values_have_known_names(name):
+    found = data.BENCHMARKS[name]
+    lut = found.labels[-1][1]
+    for value, expected in PINNED[name].items():
+        assert (None if lut[value] == data.IGNORE else found.classes[lut[value]]) == expected, value
+
+
+def test_files_that_archives_bring_along_are_no_images(tmp_path):
+    for path in make_benchmark(tmp_path, "ade20k"):
+        image = tmp_path / "ade/ADEChallengeData2016/images/validation" / f"._{path.stem}.jpg"
+        image.write_bytes(b"of another system")
+    assert len(data.read_set("ade20k", str(tmp_path))) == 2
+
+
+def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
+    def message(name):
+        with pytest.raises(data.DataError) as error:
             data.read_set(name, str(tmp_path))
-    with pytest.raises(data.DataError, match="did you mean cityscapes"):
-        data.read_set("cityscape", str(tmp_path))
+        return str(error.value)
+
+    for name in NAMES:
+        assert message(name).startswith(f"{name}: {tmp_path / RULES[name]['root']} missing")
+    root = tmp_path / "VOCdevkit/VOC2010"
+    (root / "JPEGImages").mkdir(parents=True)
+    line = message("context")
+    assert f"{root / 'SegmentationClassContext'}, {root / 'ImageSets/SegmentationContext/val.txt'} missing" in line
+    assert "JPEGImages" not in line and "python data.py prepare-context" in line
+    for label in make_benchmark(tmp_path, "voc", ids=("a", "b", "c"))[1:]:
+        label.unlink()
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg").unlink()
+    first = tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg"
+    assert message("voc") == f"voc: {first} and 2 more images or labels missing"
+    make_benchmark(tmp_path, "coco_object")[1].unlink()
+    assert message("coco_stuff") == f"coco_stuff: {tmp_path / 'coco_stuff164k/annotations/val2017/two.png'} missing"
+    (tmp_path / "cityscapes/leftImg8bit/val").mkdir(parents=True)
+    (tmp_path / "cityscapes/gtFine/val").mkdir(parents=True)
+    assert message("cityscapes").startswith("cityscapes: no *_leftImg8bit.png under ")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("cityscape", "cityscapes"),
+        ("VOC", "voc"),
+        ("COCO-Stuff", "coco_stuff"),
+        ("pascal_voc", "voc"),
+        ("ade", "ade20k"),
+    ],
+)
+def test_unknown_names_get_the_close_ones(name, close):
+    with pytest.raises(data.DataError, match=f"--datasets {name}: unknown; did you mean .*{close}.*or a SPEC.json"):
+        data.read_set(name, "data")
+
+
+# ---- python data.py check ----
+
+
+def checked(capsys, names, data_root, workers=1):
+    """(exit code, {set: its row}, the lines below the table) of check_sets."""
+    code = data.check_sets(names, str(data_root), workers)
+    table, _, below = capsys.readouterr().out.partition("\n\n")
+    return code, {line.split()[0]: line.split()[1:] for line in table.splitlines()}, below.splitlines()
+
+
+def test_check_is_content_with_whole_sets_alone(tmp_path, capsys, monkeypatch):
+    for name in ("voc", "voc20", "coco_object"):
+        monkeypatch.setitem(data.BENCHMARKS, name, dataclasses.replace(data.BENCHMARKS[name], full=2))
+    make_benchmark(tmp_path, "voc")
+    make_benchmark(tmp_path, "coco_object", values=((0, 89), (181, 255)))
+    code, rows, below = checked(capsys, ["voc", "voc20", "coco_object"], tmp_path, workers=2)
+    assert code == 0 and below == []
+    assert rows["voc"] == ["ok", "2", "of", "2", "0-2", "255", "0-20", "255"] == rows["voc20"]
+    assert rows["coco_object"] == ["ok", "2", "of", "2", "0", "89", "181", "255", "0-255"]
+    code, rows, below = checked(capsys, ["voc", "context"], tmp_path)
+    assert code == 1 and rows["voc"][0] == "ok" and rows["context"] == ["missing"]
+    assert below[0].startswith(f"context: {tmp_path / 'VOCdevkit/VOC2010'} missing")
+    code, rows, below = checked(capsys, ["coco_stuff"], tmp_path)
+    assert code == 1 and rows["coco_stuff"][:4] == ["wrong", "2", "of", "5000"]
+    assert below == ["coco_stuff: 2 images, the benchmark has 5000: results will be marked partial"]
+
+
+def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(data.BENCHMARKS, "voc", dataclasses.replace(data.BENCHMARKS["voc"], full=9))
+    labels = make_benchmark(tmp_path, "voc", ids="abcdefghi")
+    Image.fromarray(np.full((2, 2), 21, dtype=np.uint8)).save(labels[0])
+    Image.fromarray(np.zeros((2, 3), dtype=np.uint8)).save(labels[1])
+    Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8)).save(labels[2])
+    labels[3].write_bytes(b"nothing")
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages/e.jpg").write_bytes(b"nothing")
+    code, rows, below = checked(capsys, ["voc"], tmp_path)
+    assert code == 1 and rows["voc"][:6] == ["wrong", "9", "of", "9", "0-2", "21"]
+    for line, words in zip(
+        below,
+        (
+            "a.png: label value 21",
+            "b.jpg: the image is 2x2",
+            "c.png: stored as RGB",
+            "d.png: not a label",
+            "e.jpg: not an image",
+        ),
+        strict=True,
+    ):
+        assert line.startswith("voc: ") and words in line
+    labels[5].write_bytes(b"nothing")
+    labels[6].write_bytes(b"nothing")
+    assert checked(capsys, ["voc"], tmp_path)[2][5:] == ["voc: and 2 more files"]
+
+
+def test_check_on_the_command_line(tmp_path):
+    spec = make_set(tmp_path / "mine", n=2)
+    result = run("data.py", "check", "--datasets", spec, "--workers", 1)
+    assert result.returncode == 0 and re.search(r"mine +ok +2 of 2 +0-2 255 +0-2 255\n", result.stdout), result.stderr
+    result = run("data.py", "check", "--data-root", tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for name in NAMES:
+        assert re.search(rf"^{name} +missing$", result.stdout, re.M)
+        assert f"\n{name}: {tmp_path / RULES[name]['root']} missing" in result.stdout
+
+
+# ---- python data.py prepare-context ----
+
+# What scipy.io.savemat wrote of GENUINE as LabelMap, with and without do_compression; here zlib and base85 around it.
+GENUINE = [[13 * (7 * y + x) for x in range(7)] for y in range(5)]
+GENUINE[0][0], GENUINE[4][6] = 459, 0
+SCIPY = {
+    "compressed": "c-r%I4DoSvQZUssQ1EpO(M`+DNmU5QNi0drFUqx2D9A6)tk6+#E=o--Nlj76&$ChpDNR-I%P&(fGEp!xure~UGB5`"
+    "+jLaCw0F0i#{6MM{h%4qiPEJV3U`R4kc*c;F$HtM+`pMD6TEN)pr(LJ#O3QtntU3<cqy^@u^`zZ6rf_1$;S;AP94wgO*tc;~VAsMa51E?HlBE}"
+    "0ISU_-W#c|}vPX^QFVA|37)f!UBhMuMI45vq$Fz(6iK@)p$u=i4*ckRd7S03!_+Lkb",
+    "plain": "c-r%I4DoSvQZUssQ1EpO(M`+DNmU5QNi0drFUqx2D9A6)tk6+#E=o--Nlj76&$ChpDNR-I%P&(fGEp!xure~UGB5`"
+    "+jLaCw0F0i#d_bxJh}nRc1BkhyQmjxuh-L>Vh4Ot8lTveh6AM^?Y&Rf2%^1zFjX{txhmn^dgW)iP9AhP;6hkS)1qN-#Hb!-ZCWgBV7L1b_O&IzaUNN"
+    "{bE?{(In8Wa$A&7A;qaVXc1{TJ6kkJeP8aXL8",
+}
+
+
+def element(kind, body, order):
+    return struct.pack(order + "II", kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def mat_file(values, name="LabelMap", order="<", compress=True, kind=4):
+    """A MATLAB 5 MAT-file of one uint16 matrix, written from the format's description; kind: how values are stored."""
+    stored = np.array(values).astype(np.dtype({2: "u1", 4: "u2", 9: "f8"}[kind]).newbyteorder(order))
+    small = struct.pack(order + "I", len(name) << 16 | 1) + name.encode().ljust(4, b"\0")  # the form of short elements
+    body = element(6, struct.pack(order + "II", 11, 0), order) + element(
+        5, struct.pack(order + "2i", *stored.shape), order
+    )
+    body += small if len(name) <= 4 else element(1, name.encode(), order)
+    body = element(14, body + element(kind, stored.tobytes(order="F"), order), order)
+    if compress:
+        body = struct.pack(order + "II", 15, len(packed := zlib.compress(body))) + packed
+    return b"MATLAB 5.0 MAT-file".ljust(124) + {"<": b"\0\1IM", ">": b"\1\0MI"}[order] + body
+
+
+@pytest.mark.parametrize("kind", list(SCIPY))
+def test_mat_files_of_scipy_are_read(tmp_path, kind):
+    (tmp_path / "x.mat").write_bytes(zlib.decompress(base64.b85decode(SCIPY[kind])))
+    assert data.read_mat(tmp_path / "x.mat", "LabelMap").tolist() == GENUINE
+    with pytest.raises(data.DataError, match="x.mat: holds no matrix Other"):
+        data.read_mat(tmp_path / "x.mat", "Other")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compress", [True, False])
+def test_mat_files_of_any_order_type_and_size_are_read(tmp_path, order, compress):
+    path = tmp_path / "x.mat"
+    rng = np.random.default_rng(0)
+    for shape, kind in (((375, 500), 4), ((500, 333), 2), ((1, 1), 2), ((1, 3), 4), ((2, 3), 9), ((7, 5), 2)):
+        values = rng.integers(0, 256 if kind == 2 else 460, shape)
+        first = mat_file(rng.integers(0, 9, (3, 3)), "odd", order, compress)  # another variable before it
+        path.write_bytes(first + mat_file(values, "LabelMap", order, not compress, kind)[128:])
+        assert np.array_equal(data.read_mat(path, "LabelMap"), values)
+        assert data.read_mat(path, "odd").shape == (3, 3)
+
+
+def test_mat_files_that_cannot_be_read_are_named(tmp_path):
+    whole, path = mat_file(GENUINE, compress=False), tmp_path / "x.mat"
+    hdf5 = whole[:124] + b"\0\2IM" + whole[128:]
+    for content in (whole[:200], whole[:-5], mat_file(GENUINE)[:-5], b"", b"short", hdf5, b"\x89HDF" * 99):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match="x.mat: cut off, or not a MATLAB 5 MAT-file"):
+            data.read_mat(path, "LabelMap")
+    with pytest.raises(data.DataError, match="no.mat: cut off, or not"):
+        data.read_mat(tmp_path / "no.mat", "LabelMap")
+
+
+KNOWN_IDS = {  # from labels.txt of the 459 classes
+    2: "aeroplane", 9: "bag", 18: "bed", 19: "bedclothes", 22: "bench", 23: "bicycle", 25: "bird", 31: "boat",
+    33: "book", 34: "bottle", 44: "building", 45: "bus", 59: "car", 65: "cat", 72: "chair", 98: "cow", 113: "dog",
+    207: "horse", 258: "motorbike", 284: "person", 308: "pottedplant", 347: "sheep", 360: "sky", 368: "sofa",
+    397: "table", 416: "train", 420: "tree", 427: "tvmonitor", 440: "wall", 458: "wood",
+}  # fmt: skip
+
+
+def test_the_ids_of_the_459_classes_have_their_names():
+    names = data.BENCHMARKS["context"].classes
+    assert data.CONTEXT_IDS == RULES["context_ids"] and len(names) == len(data.CONTEXT_IDS) == 60
+    assert {i: names[data.CONTEXT_IDS.index(i)] for i in KNOWN_IDS} == KNOWN_IDS
+
+
+def make_mats(data_root, ids=("a", "b", "c"), without=()):
+    """VOC2010 with every id in its own val.txt, and their .mat files but for some: {id: 459-class map}."""
+    root, rng = data_root / "VOCdevkit/VOC2010", np.random.default_rng(1)
+    for folder in ("trainval", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets/Main/val.txt").write_text("".join(f"{i}\n" for i in ids))
+    maps = {i: rng.permutation(460).reshape(20, 23) for i in (*ids, "train") if i not in without}
+    for i, values in maps.items():
+        (root / f"trainval/{i}.mat").write_bytes(mat_file(values))
+        Image.new("RGB", (23, 20)).save(root / f"JPEGImages/{i}.jpg")
+    return root, maps
+
+
+def test_prepare_context_makes_what_the_benchmark_reads(tmp_path):
+    root, maps = make_mats(tmp_path)
+    result = run("data.py", "prepare-context", "--data-root", tmp_path, "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    assert "val.txt: 3 images; 3 label PNGs written, 0 were there" in result.stdout
+    assert "warning: the benchmark has 5104 images, so results are marked partial" in result.stderr
+    found = data.read_set("context", str(tmp_path))
+    assert [i for i, *_ in found.items] == ["a", "b", "c"] and not list(root.rglob("*.tmp"))
+    for i, _, path, lut in found.items:
+        label = data.read_label(path, lut)
+        for y, row in enumerate(maps[i].tolist()):  # one pixel after the other, by the rule in words
+            for x, k in enumerate(row):
+                expected = RULES["context_ids"].index(k) if k in RULES["context_ids"] else 0
+                assert label[y, x] == expected
+    data.check_labels(found)
+    with Image.open(found.items[0][2]) as image:
+        assert image.mode == "P" and image.getpalette()[3:6] == RULES["context"]["palette"][1]
+
+
+def test_prepare_context_goes_on_where_it_was(tmp_path, capsys):
+    root, maps = make_mats(tmp_path)
+    (root / "trainval/b.mat").write_bytes(mat_file(maps["b"])[:-9])
+    with pytest.raises(data.DataError, match="b.mat: cut off"):
+        data.prepare_context(str(tmp_path))
+    labels, listed = root / "SegmentationClassContext", root / "ImageSets/SegmentationContext/val.txt"
+    assert [p.name for p in labels.iterdir()] == ["a.png"] and not listed.exists()
+    made = (labels / "a.png").stat()
+    (root / "trainval/b.mat").write_bytes(mat_file(maps["b"]))
+    assert data.prepare_context(str(tmp_path)) == 0
+    assert "2 label PNGs written, 1 were there" in capsys.readouterr().out
+    assert (labels / "a.png").stat().st_mtime_ns == made.st_mtime_ns and listed.read_text() == "a\nb\nc\n"
+
+
+def test_prepare_context_takes_the_best_list_there_is(tmp_path):
+    root, _ = make_mats(tmp_path, without=("b",))
+    listed = root / "ImageSets/SegmentationContext/val.txt"
+    data.prepare_context(str(tmp_path))
+    assert listed.read_text() == "a\nc\n"  # VOC2010's images that have a .mat file
+    images = [{"file_name": f"{i}.jpg", "phase": phase} for i, phase in (("c", "val"), ("train", "train"))]
+    (root / "trainval_merged.json").write_text(json.dumps({"images": images}))
+    data.prepare_context(str(tmp_path))
+    assert listed.read_text() == "a\nc\n"  # a val.txt that is there is never written again
+    listed.unlink()
+    data.prepare_context(str(tmp_path))
+    assert listed.read_text() == "c\n"
+    listed.unlink()
+    for content in ("{}", "[", '{"images": [{"phase": "val"}]}'):
+        (root / "trainval_merged.json").write_text(content)
+        with pytest.raises(data.DataError, match="trainval_merged.json: has no images"):
+            data.prepare_context(str(tmp_path))
+    listed.write_text("b\n")
+    with pytest.raises(data.DataError, match="b.mat: 1 of the val images"):
+        data.prepare_context(str(tmp_path))
+
+
+def test_prepare_context_says_nothing_of_partial_when_the_benchmark_is_whole(tmp_path, capsys, monkeypatch):
+    make_mats(tmp_path)
+    monkeypatch.setitem(data.BENCHMARKS, "context", dataclasses.replace(data.BENCHMARKS["context"], full=3))
+    data.prepare_context(str(tmp_path))
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [460, 65535])
+def test_ids_that_are_none_of_the_459_are_named(tmp_path, value):
+    root, maps = make_mats(tmp_path)
+    (root / "trainval/a.mat").write_bytes(mat_file(np.where(maps["a"] == 7, value, maps["a"])))
+    with pytest.raises(data.DataError, match=f"a.mat: LabelMap holds .*{value}; PASCAL Context's ids are 0 to 459"):
+        data.prepare_context(str(tmp_path))
+    assert not list(root.rglob("*.png")) and not list(root.rglob("SegmentationContext/*"))
+
+
+def test_prepare_context_refuses_in_one_line(tmp_path):
+    check_refused(run("data.py", "prepare-context", "--data-root", tmp_path), 1, "trainval: no such folder", "--mat")
+    (tmp_path / "mats").mkdir()
+    with pytest.raises(data.DataError, match="ImageSets/Main/val.txt: the list of image ids is missing"):
+        data.main(data.parse_args(["prepare-context", "--data-root", str(tmp_path), "--mat", str(tmp_path / "mats")]))
+    make_mats(tmp_path)
+    with pytest.raises(data.DataError, match="mats: all of the val images' .mat files are missing"):
+        data.prepare_context(str(tmp_path), str(tmp_path / "mats"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "required: command"),
+        ("check --workers 0", "--workers must be at least 1"),
+        ("check a.tar --datasets voc", "not allowed with"),
+        ("prepare-contest", "invalid choice"),
+    ],
+)
+def test_wrong_data_commands_are_refused(capsys, line, message):
+    with pytest.raises(SystemExit) as stop:
+        data.parse_args(line.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_data_command_of_the_readme_and_the_docstring_is_accepted():
+    text = (conftest.ROOT / "README.md").read_text() + ast.get_docstring(
+        ast.parse((conftest.ROOT / "data.py").read_text())
+    )
+    lines = re.findall(r"python data\.py +([^#`\n]+)", text)
+    assert {line.split()[0] for line in lines} == {"check", "prepare-context"} and len(lines) >= 4
+    for line in lines:
+        data.parse_args([word.strip("'") for word in line.split()])
