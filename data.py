@@ -750,8 +750,6 @@ def mat_elements(content, order):
         start, at = at + 8, at + 8 + size + (-size % 8 if kind != MAT_COMPRESSED else 0)
         if kind >> 16:  # a small element: size, type and up to 4 bytes in the place of a tag
             kind, size, start, at = kind & 0xFFFF, kind >> 16, start - 4, start
-        if start + size > len(content):
-            raise ValueError("it ends inside an element")
         body = content[start : start + size]
         yield from mat_elements(zlib.decompress(body), order) if kind == MAT_COMPRESSED else [(kind, body)]
 

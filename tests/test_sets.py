@@ -259,7 +259,7 @@ def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     ],
 )
 def test_unknown_names_get_the_close_ones(name, close):
-    with pytest.raises(data.DataError, match=f"--datasets {name}: unknown; did you mean .*{close}.*or a SPEC.json"):
+    with pytest.raises(data.DataError, match=f"--datasets {name}: unknown; did you mean {close}.*, or a SPEC.json"):
         data.read_set(name, "data")
 
 
@@ -453,6 +453,17 @@ def test_prepare_context_goes_on_where_it_was(tmp_path, capsys):
     assert (labels / "a.png").stat().st_mtime_ns == made.st_mtime_ns and listed.read_text() == "a\nb\nc\n"
 
 
+def test_an_interrupted_file_is_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        data.write_whole(tmp_path / "x.png", interrupted)
+    assert not (tmp_path / "x.png").exists()
+
+
+def interrupted(path):
+    path.write_text("half")
+    raise KeyboardInterrupt
+
+
 def test_prepare_context_takes_the_best_list_there_is(tmp_path):
     root, _ = make_mats(tmp_path, without=("b",))
     listed = root / "ImageSets/SegmentationContext/val.txt"
@@ -461,7 +472,10 @@ def test_prepare_context_takes_the_best_list_there_is(tmp_path):
     images = [{"file_name": f"{i}.jpg", "phase": phase} for i, phase in (("c", "val"), ("train", "train"))]
     (root / "trainval_merged.json").write_text(json.dumps({"images": images}))
     data.prepare_context(str(tmp_path))
-    assert listed.read_text() == "a\nc\n"  # a val.txt that is there is never written again
+    assert listed.read_text() == "a\nc\n"
+    listed.write_bytes(b"c\r\n\r\na")
+    data.prepare_context(str(tmp_path))
+    assert listed.read_bytes() == b"c\r\n\r\na"  # a val.txt that is there is never written again
     listed.unlink()
     data.prepare_context(str(tmp_path))
     assert listed.read_text() == "c\n"
