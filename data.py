@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import difflib
 import glob
+import hashlib
 import io
 import json
 import multiprocessing
@@ -26,18 +27,30 @@ import re
 import struct
 import sys
 import tarfile
+import tempfile
+import time
+import warnings
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # whatever the suffix says; no format that runs other programs
+REASONS = ("shard", "image", "size", "caption")  # why a sample is bad
+JSON = 2**31  # added to the size of a text in the index where it is a .json
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL says SyntaxError for a broken PNG
 IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
 
@@ -46,7 +59,21 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file or value and says what to do."""
 
 
-# ---- image-text shards ----------------------------------------------------------------------------------------------
+def in_parallel(function, items, processes, what):
+    """Yields function(item) of all items in their order, from a pool where processes is above 1, under a bar."""
+    with multiprocessing.Pool(processes) if processes > 1 and items else contextlib.nullcontext() as pool:
+        results = pool.imap(function, items, chunksize=1 + len(items) // 1000) if pool else map(function, items)
+        yield from tqdm(results, desc=what, total=len(items), leave=False)
+
+
+def write_whole(path, write):
+    """write(temporary path), then the final name: a file is whole or not there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+# ---- image-text shards: where the pairs lie -------------------------------------------------------------------------
 
 
 def expand_shards(patterns):
@@ -68,35 +95,231 @@ def expand_shards(patterns):
     return list(dict.fromkeys(found))
 
 
-def scan_shard(path):
-    """Where the pairs of one tar shard lie: int64 [pairs, 4] of image offset, image size, text offset, text size.
+def header_name(header):
+    """The member name in a 512-byte tar header, bytes."""
+    name = header[:100].partition(b"\0")[0]
+    return header[345:500].partition(b"\0")[0] + b"/" + name if header[345] else name
 
-    Members of one stem make a pair, in any order; half pairs are left out. A text of .json has its size negated.
-    A truncated shard gives the pairs before the cut, with a warning. DataError for a file that is no tar at all.
+
+def walk_headers(path):
+    """Yields (name, offset, size) of the files in a tar by hopping from header to header: a quarter of tarfile's CPU time.
+
+    ValueError where tarfile has to look: a cut or broken tar, members past 8 GiB, sparse files, links and the like.
     """
-    parts = {}
+    with open(path, "rb", buffering=0) as file:
+        at, end, name = 0, os.fstat(file.fileno()).st_size, None
+        while (header := file.read(512)).count(0) != 512:  # a block of zeros ends a tar
+            size, checksum = int(header[124:136].partition(b"\0")[0], 8), int(header[148:156].partition(b"\0")[0], 8)
+            if checksum != sum(header[:148]) + sum(header[156:]) + 8 * 32 or at + 512 + size > end:
+                raise ValueError("cut or broken")
+            kind, start = header[156:157], at + 512
+            if kind in (b"L", b"x"):  # a long name, in GNU's or in POSIX's way, of the member that follows
+                extra = file.read(size)
+                path_record = re.search(rb"(?:^|\n)\d+ path=(.*)\n", extra)
+                if kind == b"x" and re.search(rb"(?:^|\n)\d+ (size|GNU\.sparse\S*|hdrcharset)=", extra):
+                    raise ValueError("not a plain member")
+                name = extra.split(b"\0")[0] if kind == b"L" else path_record[1] if path_record else name
+            elif kind in (b"0", b"\0"):
+                yield os.fsdecode(name or header_name(header)), start, size
+                name = None
+            elif kind != b"5" or size:  # folders alone are passed over
+                raise ValueError("not a plain member")
+            at = file.seek(start + -(-size // 512) * 512)
+
+
+def list_members(path):
+    """([(name, offset, size), ...] of the files in a tar, whether it is cut off); DataError for what is no tar."""
     try:
-        end = os.path.getsize(path)
+        if found := list(walk_headers(path)):
+            return found, False
+    except ValueError:
+        found = []
+    try:
         with tarfile.open(path, "r:") as tar:
+            end = os.fstat(tar.fileobj.fileno()).st_size
             for member in tar:
-                stem, suffix = os.path.splitext(member.name)
-                if member.offset_data + member.size > end:
-                    print(f"warning: {path}: cut off inside {member.name}; using what is before", file=sys.stderr)
-                    break
-                if not member.isfile():
-                    continue
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    parts.setdefault(stem, {})["image"] = (member.offset_data, member.size)
-                elif suffix.lower() == ".txt":
-                    parts.setdefault(stem, {})["text"] = (member.offset_data, member.size)
-                elif suffix.lower() == ".json":  # a .txt of the same stem comes first
-                    parts.setdefault(stem, {}).setdefault("text", (member.offset_data, -member.size))
+                if member.isfile() and not member.issparse() and member.offset_data + member.size <= end:
+                    found.append((member.name, member.offset_data, member.size))
+            tar.fileobj.seek(tar.offset)
+            return found, tar.fileobj.read(512).count(0) != 512
     except (tarfile.TarError, OSError) as error:
-        if not parts:
+        if not found:
             raise DataError(f"{path}: not a tar shard that can be read ({error})") from error
-        print(f"warning: {path}: {error}; using the {len(parts)} stems before it", file=sys.stderr)
-    rows = [(*p["image"], *p["text"]) for p in parts.values() if "image" in p and "text" in p]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)  # [pairs, 4]
+        return found, True
+
+
+def scan_shard(path):
+    """(counts [4], rows [pairs, 4]) of one tar shard, uint32. Counts: pairs, half pairs, duplicates, 1 if cut off.
+
+    A row is where a pair lies: offset of the image in blocks of 512 bytes, its size, the text's offset and size, to
+    which JSON is added where it is a .json. Members of one stem make a pair, in any order and with others in between;
+    the first of two equal names counts, a .txt before a .json, and hidden files (._x.jpg) not at all.
+    """
+    members, cut = list_members(path)
+    parts, duplicates = {}, 0
+    for name, at, size in members:
+        stem, suffix = os.path.splitext(name)
+        kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+        if kind not in ("image", ".txt", ".json") or os.path.basename(stem).startswith(".") or size >= JSON:
+            continue
+        duplicates += kind in parts.setdefault(stem, {})
+        parts[stem].setdefault(kind, (at // 512, size))
+    rows = []
+    for part in parts.values():
+        if "image" in part and len(part) > 1:
+            at, size = part.get(".txt") or part[".json"]
+            rows.append((*part["image"], at, size if ".txt" in part else size + JSON))
+    counts = np.array([len(rows), len(parts) - len(rows), duplicates, cut], dtype=np.uint32)
+    return counts, np.array(rows, dtype=np.uint32).reshape(-1, 4)
+
+
+def scan_shards(shards):
+    """The parts of an index, uint32 [.., 4]: the counts of every shard, then the rows of each; warns of cut shards."""
+    # More processes than cores: what they wait for is the disk.
+    scanned = list(in_parallel(scan_shard, shards, min(len(shards) // 8, 32), "scanning shards"))
+    counts = np.stack([count for count, _ in scanned])  # [shards, 4]
+    for path, count in zip(shards, counts, strict=True):
+        if count[3]:
+            print(f"warning: {path}: cut off; using the {count[0]} pairs before the cut", file=sys.stderr)
+    if not counts[:, 0].any():
+        raise DataError(f"{shards[0]}: no image-text pairs in {len(shards)} shard(s); need a.jpg + a.txt (or .json)")
+    return [counts, *(rows for _, rows in scanned)]
+
+
+def open_index(path, shards):
+    """The index in a file, mapped, so that all processes of a node share its memory; None if it is not there, whole."""
+    try:
+        index = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = index.dtype == np.uint32 and index.shape[1:] == (4,) and len(index) > shards
+    return index if whole and len(index) == shards + index[:shards, 0].sum(dtype=np.int64) else None
+
+
+@contextlib.contextmanager
+def node_lock(key):
+    """One process of a node at a time. A killed one loses its lock to the next, so nobody waits for the dead."""
+    if fcntl is None:  # Windows: every rank scans for itself
+        yield
+        return
+    path = Path(tempfile.gettempdir(), f"gcl-{os.getuid()}-{key}.lock")
+    with open(path, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, not handed down to the scanning processes
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def index_shards(shards, folder=None):
+    """The index of shards, uint32 [shards + pairs, 4]: counts first, then rows (see scan_shard); 16 bytes a pair.
+
+    Kept as folder/index-KEY.npy, where KEY hangs on each shard's path, size and time of change. One process of a node
+    scans, the others wait for it. Without a folder nothing is kept.
+    """
+    if folder is None:
+        return np.concatenate(scan_shards(shards))
+    facts = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in shards]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    path = Path(folder, f"index-{key}.npy")
+    with node_lock(key):
+        if (index := open_index(path, len(shards))) is None:
+            parts = scan_shards(shards)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open_new = partial(np.lib.format.open_memmap, mode="w+", dtype=np.uint32, shape=(sum(map(len, parts)), 4))
+            write_whole(path, lambda temporary: np.concatenate(parts, out=open_new(temporary)).flush())
+            index = open_index(path, len(shards))
+    return index
+
+
+# ---- image-text shards: samples and their order ---------------------------------------------------------------------
+
+
+class BadSample(ValueError):
+    """A pair that cannot be used; reason is one of REASONS."""
+
+    def __init__(self, reason, detail):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def read_bytes(path, row):
+    """(image, text) of one row of an index as bytes; BadSample where the shard no longer holds them."""
+    image_at, image_size, text_at, text_size = row.tolist()
+    spans = [(image_at * 512, image_size), (text_at * 512, text_size % JSON)]
+    start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
+    neighbours = end - start < 2 * image_size + 65536  # one read is faster than two, over what lies between as well
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            block = file.read(end - start) if neighbours else b""
+            found = [block[at - start : at - start + size] for at, size in spans]
+            if not neighbours:
+                found = [file.read(size) for at, size in spans if file.seek(at) == at]
+    except OSError as error:
+        raise BadSample("shard", error) from error
+    if [len(part) for part in found] != [size for _, size in spans]:
+        raise BadSample("shard", "shorter than it was when it was scanned")
+    return found
+
+
+def to_rgb(image):
+    """A loaded PIL image of any mode as RGB: 16 bit scaled down, what is transparent put on white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_image(content):
+    """RGB PIL image of a file's bytes: the first frame, upright, on white where it is transparent; or BadSample.
+
+    The size is known from the header and limited (PIL's own Image.MAX_IMAGE_PIXELS) before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF blocks, palettes, ...
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            image.load()  # a file that is cut off fails here
+            with contextlib.suppress(Exception):  # a broken EXIF block does not make the picture bad
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadSample("size", error) from error
+    except Exception as error:  # decoders fail with whatever they stumble over: struct.error, KeyError, zlib.error, ...
+        raise BadSample("image", repr(error)) from error
+
+
+def decode_caption(content, from_json):
+    """The caption in a .txt or .json; BadSample where there is none, or not in UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+        if from_json:
+            fields = json.loads(text)
+            text = fields.get("caption") if isinstance(fields, dict) else None
+        text = text.strip() if isinstance(text, str) else ""
+        text.encode()  # half a surrogate pair, which JSON can spell, is no text
+    except (ValueError, RecursionError) as error:
+        raise BadSample("caption", error) from error
+    if not text:
+        raise BadSample("caption", "empty")
+    return text
+
+
+def read_pair(path, row):
+    """(RGB PIL image, caption) of one row of an index; BadSample."""
+    image, text = read_bytes(path, row)
+    return decode_image(image), decode_caption(text, row[3] >= JSON)
+
+
+def pair_name(path, row):
+    """Shard and member name of the image of one row of an index, for messages."""
+    with open(path, "rb") as file:
+        file.seek(int(row[0]) * 512 - 512)
+        return f"{path}: {os.fsdecode(header_name(file.read(512)))}"
 
 
 def train_transform(image_size, norm, strong):
@@ -110,7 +333,7 @@ def train_transform(image_size, norm, strong):
         T.RandomHorizontalFlip(),
         *([T.RandAugment(2, 9)] if strong else []),
         T.ToTensor(),
-        T.Normalize(*norm),
+        T.Normalize(*norm, inplace=True),
         *([T.RandomErasing(0.25, value="random")] if strong else []),
     ]
     return T.Compose(steps)
@@ -120,58 +343,68 @@ class PairDataset(Dataset):
     """Image-text pairs of tar shards, addressed by (position in the run, index of the pair).
 
     All randomness of a sample (augmentation, gumbel noise) is seeded by the run's seed and the position, so it does not
-    depend on ranks, workers or interruptions. An unreadable sample is replaced by the next one, and counted.
+    depend on ranks, workers or interruptions. cache: the folder that keeps the index of the shards (index_shards).
     """
 
-    def __init__(self, shards, transform, tokenizer, noise_size, seed=0):
+    def __init__(self, shards, transform, tokenizer, noise_size, seed=0, cache=None):
         self.shards, self.transform, self.tokenizer = shards, transform, tokenizer
         self.noise_size, self.seed = noise_size, seed
-        scanned = [scan_shard(path) for path in tqdm(shards, desc="scanning shards", disable=len(shards) < 20)]
-        self.ends = np.cumsum([len(rows) for rows in scanned]).tolist()
-        self.rows = torch.from_numpy(np.concatenate(scanned))  # [pairs, 4]; a tensor is shared with spawned workers
-        if not len(self.rows):
-            raise DataError(
-                f"{shards[0]}: no image-text pairs in {len(shards)} shard(s); need a.jpg + a.txt (or .json)"
-            )
+        self.index = index_shards(shards, cache)  # [shards + pairs, 4]
+        self.ends = np.cumsum(self.index[: len(shards), 0], dtype=np.int64).tolist()
+
+    def __getstate__(self):  # a worker that is not forked maps the index too instead of getting a copy
+        mapped = isinstance(self.index, np.memmap)
+        return self.__dict__ | {"index": self.index.filename if mapped else self.index}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if not isinstance(self.index, np.ndarray):
+            self.index = np.load(self.index, mmap_mode="r")
 
     def __len__(self):
-        return len(self.rows)
+        return self.ends[-1]
 
     def __getitem__(self, key):
-        """key: (position, index). Returns (image [3, h, w], tokens [context], noise [1, H, W], replaced: int)."""
+        """key: (position, index). Returns (image [3, h, w], tokens [context], noise [1, H, W], bad int32 [reasons]).
+
+        A bad sample is replaced by the one that lies a hundredth of all pairs further on, so that a broken stretch of
+        a shard is left at once; bad counts those that were passed over, by REASONS. DataError after 100 of them.
+        """
         position, index = key
+        bad = torch.zeros(len(REASONS), dtype=torch.int32)
+        tries, stride = min(len(self), 100), max(len(self) // 100, 1)
+        for candidate in range(index, index + tries * stride, stride):
+            try:
+                image, caption = self.read(candidate % len(self))
+                break
+            except BadSample as error:
+                bad[REASONS.index(error.reason)] += 1
+                last = error
+        else:
+            raise DataError(f"{pair_name(*self.locate(index))}: unreadable ({last}), and so are {tries - 1} others")
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + position)  # torch.manual_seed asks every device
+            image = self.transform(image)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
         noise = torch.rand(1, *self.noise_size, generator=generator)  # [1, H, W]
-        tries = min(len(self), 100)
-        for replaced in range(tries):
-            try:
-                image, caption = self.read((index + replaced) % len(self))
-            except UNREADABLE as error:
-                reason = error
-                continue
-            with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
-                torch.manual_seed(self.seed * 1_000_003 + position)
-                return self.transform(image), self.tokenizer([caption])[0], noise, replaced
-        raise DataError(f"{self.locate(index)[0]}: {tries} unreadable sample(s) in a row, the last: {reason}")
+        return image, self.tokenizer([caption])[0], noise, bad
 
     def locate(self, index):
-        """(shard path, image offset, image size, text offset, text size) of a pair."""
-        return self.shards[bisect.bisect_right(self.ends, index)], *self.rows[index].tolist()
+        """(shard path, row of the index) of a pair."""
+        return self.shards[bisect.bisect_right(self.ends, index)], self.index[len(self.shards) + index]
 
     def read(self, index):
-        """(RGB PIL image, caption) of a pair; ValueError or OSError when it cannot be used."""
-        path, image_at, image_size, text_at, text_size = self.locate(index)
-        with open(path, "rb") as file:
-            file.seek(image_at)
-            image = Image.open(io.BytesIO(file.read(image_size))).convert("RGB")
-            file.seek(text_at)
-            text = file.read(abs(text_size)).decode("utf-8")
-        if text_size < 0:
-            fields = json.loads(text)
-            text = fields.get("caption") if isinstance(fields, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("no caption")
-        return image, text.strip()
+        """(RGB PIL image, caption) of a pair; BadSample."""
+        return read_pair(*self.locate(index))
+
+
+def too_many_bad(counts, seen, share):
+    """DataError once more than this share of at least 1000 samples was bad. counts: by REASONS; seen: good samples."""
+    bad = int(sum(counts))
+    if seen + bad >= 1000 and bad > share * (seen + bad):
+        named = ", ".join(f"{reason} {int(n)}" for reason, n in zip(REASONS, counts, strict=True))
+        hint = "see python data.py check SHARD..., or raise --max-bad"
+        raise DataError(f"{bad} of {seen + bad} samples are bad ({named}), more than a share of {share:g}; {hint}")
 
 
 class GlobalOrder:
@@ -197,16 +430,51 @@ class GlobalOrder:
             ):
                 if position // self.n != epoch:
                     epoch = position // self.n
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+                    order = np.arange(self.n, dtype=np.int32 if self.n < 2**31 else np.int64)  # 4 bytes a pair
+                    np.random.default_rng((self.seed, epoch)).shuffle(order)
                 batch.append((position, int(order[position % self.n])))
             yield batch
 
 
-def check_shards(patterns):
-    """Prints how many pairs the shards hold; returns the exit code."""
-    shards = expand_shards(patterns)
-    print(f"{sum(len(scan_shard(path)) for path in shards)} pairs in {len(shards)} shards")
-    return 0
+# ---- image-text shards: python data.py check ------------------------------------------------------------------------
+
+
+def check_shard(path):
+    """Decodes all pairs of a shard: its counts [4], sums over good pairs [4], {what is wrong: [n, the first of it]}."""
+    sums, wrong = np.zeros(4, dtype=np.int64), {}  # pairs, characters of captions, widths, heights
+    try:
+        counts, rows = scan_shard(path)
+    except DataError as error:
+        return np.zeros(4, dtype=np.uint32), sums, {"unreadable shards": [1, str(error)]}
+    if counts[3]:
+        wrong["cut off shards"] = [1, path]
+    for row in rows:
+        try:
+            image, caption = read_pair(path, row)
+            sums += (1, len(caption), *image.size)
+        except BadSample as error:
+            wrong.setdefault(f"bad: {error.reason}", [0, f"{pair_name(path, row)} ({error})"])[0] += 1
+    return counts, sums, wrong
+
+
+def check_shards(patterns, processes=1):
+    """Reads and decodes every pair, prints what is there and what is wrong; returns 1 if anything is wrong, else 0."""
+    shards, start = expand_shards(patterns), time.perf_counter()
+    counts, sums, wrong = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64), {}
+    for count, total, faults in in_parallel(check_shard, shards, min(len(shards), processes), "checking shards"):
+        counts, sums = counts + count, sums + total
+        for fault, (n, first) in faults.items():
+            wrong.setdefault(fault, [0, first])[0] += n
+    lines = [("shards", len(shards), ""), ("pairs", counts[0], ""), ("half pairs", counts[1], "left out")]
+    lines += [("duplicates", counts[2], "the first of each is used")]
+    lines += [(fault, n, f"the first: {first}") for fault, (n, first) in sorted(wrong.items())]
+    if sums[0]:
+        caption, width, height = (sums[1:] / sums[0]).tolist()
+        lines += [("good pairs", sums[0], f"on average {width:.0f} x {height:.0f} pixels, {caption:.0f} characters")]
+    for name, n, remark in lines:
+        print(f"{name:<18}{n:>12,}  {remark}".rstrip())
+    print(f"{counts[0] / (time.perf_counter() - start):,.0f} pairs per second")
+    return int(bool(wrong) or counts[1:3].any())
 
 
 # ---- labelled sets --------------------------------------------------------------------------------------------------
@@ -301,7 +569,7 @@ def read_label(path, lut):
     return lut[stored].astype(np.int64)  # [h, w]
 
 
-def read_pair(image_path, label_path):
+def label_values(image_path, label_path):
     """The distinct stored values of an image's label; DataError when a file is broken or their sizes disagree."""
     stored = read_stored(label_path)
     try:
@@ -319,7 +587,7 @@ def check_labels(dataset):
     """Reads every label and every image's header before any long work: sizes must agree, values must fit."""
     with tqdm(dataset.items, desc=f"checking {dataset.name}", leave=False) as bar:
         for _, image, label, lut in bar:
-            if wrong := misfit(label, read_pair(image, label), lut):
+            if wrong := misfit(label, label_values(image, label), lut):
                 raise DataError(wrong)
 
 
@@ -685,17 +953,10 @@ TABLE = "{:<13}{:<9}{:<14}{:<24}{}"  # a line of the table
 SHOWN = 5  # files of a set that are named when many are wrong
 
 
-def in_parallel(function, items, workers, what):
-    """[function(item) for item in items] by several processes, with a progress bar."""
-    with multiprocessing.Pool(workers) if workers > 1 and items else contextlib.nullcontext() as pool:
-        results = pool.imap(function, items, chunksize=8) if pool else map(function, items)
-        return list(tqdm(results, desc=what, total=len(items), leave=False))
-
-
 def pair_or_error(paths):
-    """read_pair, for a pool: the text of its DataError instead of the error."""
+    """label_values, for a pool: the text of its DataError instead of the error."""
     try:
-        return read_pair(*paths)
+        return label_values(*paths)
     except DataError as error:
         return str(error)
 
@@ -771,13 +1032,6 @@ def read_mat(path, name):
     raise DataError(f"{path}: holds no matrix {name}")
 
 
-def write_whole(path, write):
-    """write(temporary path), then the final name: a file is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def context_label(paths):
     """One (.mat, .png): the 459 classes become 60; every id that is not one of CONTEXT_IDS is background, 0."""
     mat, png = paths
@@ -824,7 +1078,7 @@ def prepare_context(data_root, mats=None, workers=1):
     if missing or not ids:
         raise DataError(f"{(missing or [mats])[0]}: {len(missing) or 'all'} of the val images' .mat files are missing")
     pairs[0][1].parent.mkdir(exist_ok=True)
-    in_parallel(context_label, todo, workers, "PASCAL Context")
+    list(in_parallel(context_label, todo, workers, "PASCAL Context"))
     if not listed.is_file():  # last: what it lists is there
         listed.parent.mkdir(exist_ok=True)
         write_whole(listed, lambda temporary: temporary.write_text("".join(f"{i}\n" for i in ids)))
@@ -864,7 +1118,7 @@ def main(args):
     if args.command == "prepare-context":
         return prepare_context(args.data_root, args.mat, args.workers)
     if args.shards:
-        return check_shards(args.shards)
+        return check_shards(args.shards, args.workers)
     return check_sets(args.datasets or list(BENCHMARKS), args.data_root, args.workers)
 
 

@@ -125,7 +125,8 @@ def build_loader(args, net, tokenizer, start, rank, ranks, device):
         raise data.DataError(f"--image-size {size} is not a multiple of this CLIP's patch, {net.patch}")
     mask_size = (4 * size // net.patch,) * 2  # the adapter's grid
     transform = data.train_transform(size, net.recipe.norm, net.recipe.strong_augmentation)
-    pairs = data.PairDataset(data.expand_shards(args.data), transform, tokenizer, mask_size, args.seed)
+    shards = data.expand_shards(args.data)
+    pairs = data.PairDataset(shards, transform, tokenizer, mask_size, args.seed, cache=args.out)
     order = data.GlobalOrder(len(pairs), args.batch_size, args.steps, args.seed, start, rank, ranks)
     return DataLoader(pairs, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda")
 
