@@ -2,12 +2,23 @@
 """Shards, their order, training samples."""
 
 import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import jpeg, make_shards, write_tar
+from PIL.PngImagePlugin import PngImageFile
+from tiny import jpeg, make_set, make_shards, write_tar
 
 import data
 import gcl
@@ -18,12 +29,26 @@ def words(texts):
     return torch.tensor([[int(word) for word in text.split() if word.isdigit()] for text in texts])
 
 
-def dataset(shards, seed=0, strong=False):
+def dataset(shards, seed=0, strong=False, cache=None):
     transform = data.train_transform(16, gcl.CLIP_NORM, strong)
-    return data.PairDataset(data.expand_shards([shards]), transform, words, (8, 8), seed)
+    return data.PairDataset(data.expand_shards([shards]), transform, words, (8, 8), seed, cache)
 
 
-# ---- shards ----
+def pair(stem, caption="7", image=None):
+    return [(f"{stem}.jpg", jpeg(1) if image is None else image), (f"{stem}.txt", caption.encode())]
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def grey(value, mode="RGB", size=(30, 20)):
+    return Image.new("RGB", size, (value,) * 3).convert(mode)
+
+
+# ---- where the pairs lie ----
 
 
 def test_globs_and_ranges_name_the_same_shards_once(tmp_path):
@@ -40,45 +65,198 @@ def test_missing_shards_are_named(tmp_path):
         data.expand_shards([str(tmp_path / "*.zip")])
 
 
-def test_scan_finds_the_bytes_of_whole_pairs_alone(tmp_path):
+def found_in(path):
+    """{image bytes: text bytes} of a shard's rows, and its counts."""
+    counts, rows = data.scan_shard(path)
+    return {i.decode(): t.decode() for i, t in (data.read_bytes(path, row) for row in rows)}, counts.tolist()
+
+
+def test_a_scan_finds_the_bytes_of_whole_pairs_alone(tmp_path):
     members = [("a.txt", b"caption a"), ("a.JPG", b"image a"), ("b.jpg", b"no caption"), ("c.txt", b"no image")]
-    members += [("d.png", b"image d"), ("d.json", b'{"caption": "d"}'), ("sub/a.webp", b"image s"), ("sub/a.txt", b"s")]
-    path = write_tar(tmp_path / "x.tar", members)
-    content = open(path, "rb").read()
-    found = {
-        content[i : i + m].decode(): content[t : t + abs(n)].decode() for i, m, t, n in data.scan_shard(path).tolist()
-    }
-    assert found == {"image a": "caption a", "image d": '{"caption": "d"}', "image s": "s"}
+    members += [("d.png", b"image d"), ("d.json", b'{"caption": "d"}'), ("sub/a.webp", b"image s"), ("sub/a.TXT", b"s")]
+    members += [("._d.jpg", b"mac"), ("._d.txt", b"mac"), ("e.jpeg", b"image e"), ("notes.md", bytes(70_000))]
+    members += [("e.json", b"{}"), ("e.txt", b"caption e"), ("f.txt", b"")]
+    found, counts = found_in(write_tar(tmp_path / "x.tar", members))
+    assert found == {"image a": "caption a", "image d": '{"caption": "d"}', "image s": "s", "image e": "caption e"}
+    assert counts == [4, 3, 0, 0]  # pairs, half pairs, duplicates, cut
 
 
-def test_a_broken_png_is_a_bad_sample_like_any_other(tmp_path):
-    """PIL raises SyntaxError for it."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
-    broken = bytearray(file.getvalue())
-    broken[8:16] = b"brokenpn"
-    path = write_tar(
-        tmp_path / "x.tar", [("0.png", bytes(broken)), ("0.txt", b"7"), ("1.jpg", jpeg(1)), ("1.txt", b"8")]
+def test_the_first_of_two_equal_names_counts(tmp_path):
+    members = [("a.jpg", b"first"), ("a.txt", b"1"), ("b.jpg", b"b"), ("a.jpg", b"second"), ("a.txt", b"2")]
+    assert found_in(write_tar(tmp_path / "x.tar", members + [("b.txt", b"3")])) == (
+        {"first": "1", "b": "3"},
+        [2, 0, 2, 0],
     )
-    assert dataset(path)[(0, 0)][3] == 1
 
 
-def test_a_truncated_shard_gives_the_pairs_before_the_cut(tmp_path, capsys):
+def add(tar, name, content, **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
+    """Long names, names beyond ASCII, folders; the fast walk does them all itself, in each of the three formats."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name in ("a.jpg", "d" * 60 + "/" + "e" * 70 + ".txt", "d" * 96 + ".png", "Gemälde/猫.webp", "empty.txt"):
+            add(tar, name, name.encode() * (name != "empty.txt"), mtime=1.5)  # a fraction needs a pax header
+        add(tar, "folder", b"", type=tarfile.DIRTYPE)
+        if kind != tarfile.USTAR_FORMAT:
+            add(tar, "f" * 300 + ".jpg", bytes(1024))
+        add(tar, "last.jpg", bytes(513))
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    assert list(data.walk_headers(path)) == expected and data.list_members(path) == (expected, False)
+
+
+def test_unusual_headers_are_left_to_tarfile(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}) as tar:
+        add(tar, "a.jpg", b"image a")
+        add(tar, "a.txt", b"a")
+        add(tar, "b.txt", b"", type=tarfile.SYMTYPE, linkname="a.txt")
+    with pytest.raises(ValueError):
+        list(data.walk_headers(path))
+    assert found_in(path) == ({"image a": "a"}, [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("cut", [7 * 1536 + 600, 7 * 1536 + 100, 7 * 1536])  # in a member, in its header, before it
+def test_a_cut_shard_gives_the_pairs_before_the_cut_with_one_warning(tmp_path, capsys, cut):
     members = [(f"{k}.{s}", bytes(700)) for k in range(5) for s in ("jpg", "txt")]
-    path = write_tar(tmp_path / "x.tar", members)
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(open(path, "rb").read()[: 7 * 1536 + 600])  # 512 of header and 1024 of content per member
-    assert data.scan_shard(str(cut)).tolist() == data.scan_shard(path)[:3].tolist()
-    assert "cut.tar: cut off inside 3.txt" in capsys.readouterr().err
-    (tmp_path / "no.tar").write_bytes(b"this is not a tar" * 100)
-    with pytest.raises(data.DataError, match="no.tar: not a tar"):
-        data.scan_shard(str(tmp_path / "no.tar"))
+    content = open(write_tar(tmp_path / "x.tar", members), "rb").read()
+    (tmp_path / "cut.tar").write_bytes(content[:cut])  # 512 of header and 1024 of content per member
+    for _ in range(2):
+        assert len(dataset(str(tmp_path / "cut.tar"), cache=tmp_path)) == 3
+    assert capsys.readouterr().err == f"warning: {tmp_path}/cut.tar: cut off; using the 3 pairs before the cut\n"
+    rows = [data.scan_shard(str(tmp_path / name))[1] for name in ("cut.tar", "x.tar")]
+    assert rows[0].tolist() == rows[1][:3].tolist()
 
 
-def test_a_tar_without_pairs_is_named(tmp_path):
+def test_a_broken_header_ends_a_shard_as_a_cut_does(tmp_path):
+    content = bytearray(open(write_tar(tmp_path / "x.tar", pair("a") + pair("b")), "rb").read())
+    content[content.index(b"b.jpg")] = ord("c")  # the checksum no longer fits
+    (tmp_path / "x.tar").write_bytes(content)
+    assert data.scan_shard(str(tmp_path / "x.tar"))[0].tolist() == [1, 0, 0, 1]
+
+
+def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
+    for content in (b"this is not a tar" * 100, b""):
+        (tmp_path / "no.tar").write_bytes(content)
+        with pytest.raises(data.DataError, match="no.tar: not a tar"):
+            data.scan_shard(str(tmp_path / "no.tar"))
     path = write_tar(tmp_path / "x.tar", [("readme.md", b"hello")])
     with pytest.raises(data.DataError, match="x.tar: no image-text pairs"):
-        dataset(path)
+        dataset(path, cache=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_offsets_past_4_gib_are_kept(tmp_path):
+    """A sparse file: two pairs with 5 GiB of nothing between them, as one member."""
+    path, hole = str(tmp_path / "x.tar"), 5 << 30
+    write_tar(path, pair("a"))
+    with open(path, "r+b") as file:
+        at = data.list_members(path)[0][-1][1] + 512
+        header = tarfile.TarInfo("hole")
+        header.size = hole
+        file.seek(at)
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.seek(at + 512 + hole)
+        file.write(open(write_tar(tmp_path / "y.tar", pair("b", "8")), "rb").read())
+    rows = data.scan_shard(path)[1]
+    assert data.read_bytes(path, rows[1]) == [jpeg(1), b"8"] and int(rows[1][0]) * 512 > hole
+
+
+# ---- the index ----
+
+
+def test_shards_are_scanned_once_and_again_when_they_change(tmp_path, monkeypatch):
+    pattern, scans = make_shards(tmp_path / "data", shards=2, pairs=3), []
+    scan = data.scan_shard
+    monkeypatch.setattr(data, "scan_shard", lambda path: scans.append(path) or scan(path))
+    first, again = dataset(pattern, cache=tmp_path / "out"), dataset(pattern, cache=tmp_path / "out")
+    assert len(scans) == 2 and np.array_equal(first.index, again.index) and len(again) == 6
+    assert np.array_equal(first.index, dataset(pattern).index) and len(scans) == 4  # without a folder nothing is kept
+    write_tar(tmp_path / "data/001.tar", pair("a"))
+    assert len(dataset(pattern, cache=tmp_path / "out")) == 4 and len(scans) == 6
+    os.utime(tmp_path / "data/001.tar", (1, 1))
+    dataset(pattern, cache=tmp_path / "out")
+    assert len(scans) == 8 and not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-16], lambda b: b[:40], lambda b: bytes(len(b))])
+def test_a_broken_cache_is_made_anew(tmp_path, damage):
+    pattern = make_shards(tmp_path / "data", shards=2, pairs=3)
+    expected = np.array(dataset(pattern, cache=tmp_path / "out").index)
+    (cache,) = (tmp_path / "out").iterdir()
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert np.array_equal(dataset(pattern, cache=tmp_path / "out").index, expected)
+    assert np.array_equal(np.load(cache), expected)
+
+
+def test_a_pool_scans_as_one_process_does(tmp_path):
+    shards = data.expand_shards([make_shards(tmp_path / "data", shards=17, pairs=2)])
+    assert min(len(shards) // 8, 32) == 2
+    index = data.index_shards(shards, tmp_path / "out")
+    assert index[:17, 0].tolist() == [2] * 17
+    assert index[17:].tolist() == sum((data.scan_shard(path)[1].tolist() for path in shards), [])
+
+
+def test_an_index_is_mapped_and_not_sent_to_workers(tmp_path):
+    """16 bytes a pair, read from the one file by every process; a pickled data set holds its path alone."""
+    pairs = dataset(make_shards(tmp_path / "data", shards=1, pairs=200), cache=tmp_path / "out")
+    assert isinstance(pairs.index, np.memmap) and pairs.index[1:].nbytes == 16 * 200
+    pickled = pickle.dumps(pairs)
+    assert len(pickled) < 1500
+    sent = pickle.loads(pickled)
+    assert isinstance(sent.index, np.memmap) and sent.read(5)[1] == pairs.read(5)[1]
+
+
+SCANNER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import data
+scan = data.scan_shard
+def slow(path):
+    open({folder!r} + f"/scan-{{os.getpid()}}", "w").close()
+    time.sleep({seconds})
+    return scan(path)
+data.scan_shard = slow
+print(len(data.index_shards([{shard!r}], {folder!r})))
+"""
+
+
+def scanner(shard, folder, seconds):
+    program = SCANNER.format(root=str(conftest.ROOT), shard=shard, folder=str(folder), seconds=seconds)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def scanned_by(folder, count):
+    """Waits until so many processes have begun to scan; their ids."""
+    end = time.time() + 60
+    while len(found := list(folder.glob("scan-*"))) < count and time.time() < end:
+        time.sleep(0.01)
+    return {int(path.name[5:]) for path in found}
+
+
+def test_one_process_scans_and_if_it_is_killed_another_takes_over(tmp_path):
+    shard = write_tar(tmp_path / "x.tar", pair("a"))
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "once").mkdir()
+    once = [scanner(shard, tmp_path / "once", 0.5) for _ in range(2)]
+    hanging = scanner(shard, tmp_path / "killed", 600)
+    assert scanned_by(tmp_path / "killed", 1) == {hanging.pid}
+    waiting = scanner(shard, tmp_path / "killed", 0)
+    assert [process.communicate(timeout=60)[0] for process in once] == ["2\n"] * 2
+    assert len(scanned_by(tmp_path / "once", 1)) == 1
+    hanging.kill()
+    assert waiting.communicate(timeout=60)[0] == "2\n" and hanging.wait() == -signal.SIGKILL
+
+
+# ---- samples ----
 
 
 def test_a_sample_is_its_own_picture_and_caption(tmp_path):
@@ -86,8 +264,8 @@ def test_a_sample_is_its_own_picture_and_caption(tmp_path):
     stored, caption = pairs.read(4)
     reference = Image.open(io.BytesIO(jpeg(101))).convert("RGB")
     assert caption == "picture 1 1" and np.array_equal(np.array(stored), np.array(reference))
-    image, tokens, noise, replaced = pairs[(0, 4)]
-    assert tokens.tolist() == [1, 1] and replaced == 0
+    image, tokens, noise, bad = pairs[(0, 4)]
+    assert tokens.tolist() == [1, 1] and bad.tolist() == [0] * len(data.REASONS)
     assert image.shape == (3, 16, 16) and noise.shape == (1, 8, 8)
 
 
@@ -104,23 +282,156 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
 
 
-def test_bad_samples_are_replaced_by_the_next_and_counted(tmp_path):
-    members = [("0.jpg", b"broken"), ("0.txt", b"7"), ("1.jpg", jpeg(1)), ("1.txt", b"  "), ("2.jpg", jpeg(2))]
-    members += [("2.txt", b"\xff\xfe"), ("3.jpg", jpeg(3)), ("3.txt", b"33"), ("4.jpg", jpeg(4)), ("4.json", b"{}")]
+IMAGES = {  # bytes of an image, and the grey value it is to be shown in
+    "cmyk": (encode(grey(90, "CMYK"), "JPEG"), 90),
+    "palette": (encode(grey(204, "P")), 204),
+    "palette, one colour transparent": (encode(grey(204, "P"), transparency=grey(204, "P").getpixel((0, 0))), 255),
+    "palette, half transparent": (encode(grey(204, "P"), transparency=bytes([128]) * 256), 229),
+    "1 bit": (encode(grey(255, "1")), 255),
+    "16 bit": (encode(Image.fromarray(np.full((20, 30), 90 * 256 + 200, dtype=np.uint16))), 90),
+    "grey, alpha": (encode(Image.new("LA", (30, 20), (0, 0))), 255),
+    "colour, alpha": (encode(Image.new("RGBA", (30, 20), (90, 90, 90, 255))), 90),
+    "animated gif": (encode(grey(90), "GIF", save_all=True, append_images=[grey(0)] * 3), 90),
+    "animated webp": (encode(grey(90), "WEBP", save_all=True, append_images=[grey(0)] * 3, lossless=True), 90),
+    "animated png": (encode(grey(90), "PNG", save_all=True, append_images=[grey(0)] * 3), 90),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_kind_of_image_becomes_rgb(name, recwarn):
+    content, value = IMAGES[name]
+    image = data.decode_image(content)
+    assert (image.mode, image.size) == ("RGB", (30, 20)) and not recwarn.list
+    assert np.abs(np.array(image).astype(int) - value).max() <= 1
+
+
+def test_a_photograph_that_lies_on_its_side_is_put_upright():
+    """EXIF orientation 6: the camera was turned; what is stored as the left edge belongs on top."""
+    stored = Image.fromarray(np.repeat(np.uint8([[250] * 8 + [20] * 24]), 16, 0)[..., None].repeat(3, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.array(data.decode_image(encode(stored, "JPEG", exif=exif)))
+    assert upright.shape == (32, 16, 3) and upright[:7].mean() > 230 and upright[9:].mean() < 40
+    plain = encode(stored, "JPEG", exif=exif.tobytes()[:-9] + b"\xff" * 9)  # a broken block is passed over
+    assert data.decode_image(plain).size == (32, 16)
+
+
+BAD_IMAGES = {
+    "empty": (b"", "image"),
+    "text": (b"<html>404</html>", "image"),
+    "zeros": (bytes(1000), "image"),
+    "cut jpeg": (jpeg(1, (200, 200))[:-2000], "image"),
+    "cut png": (encode(Image.fromarray(np.arange(30_000, dtype=np.uint8).reshape(100, 300)))[:-100], "image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_says_so(name, recwarn):
+    with pytest.raises(data.BadSample) as bad:
+        data.decode_image(BAD_IMAGES[name][0])
+    assert bad.value.reason == BAD_IMAGES[name][1] and "\n" not in str(bad.value) and not recwarn.list
+
+
+@pytest.mark.parametrize("side", [9_500, 20_000, 60_000])  # just above the limit, above twice the limit, far above
+def test_a_giant_image_is_refused_by_its_header(side, recwarn, monkeypatch):
+    def ihdr(content):
+        return struct.pack(">I", 13) + b"IHDR" + content + struct.pack(">I", zlib.crc32(b"IHDR" + content))
+
+    giant = encode(grey(1))
+    giant = giant[:8] + ihdr(struct.pack(">II", side, side) + giant[24:29]) + giant[33:]
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(data.BadSample) as bad:
+        data.decode_image(giant)
+    assert bad.value.reason == "size" and not recwarn.list
+
+
+def test_no_damaged_image_brings_anything_but_a_bad_sample():
+    rng = np.random.default_rng(0)
+    for content in [
+        jpeg(3),
+        *(encode(Image.open(io.BytesIO(jpeg(3))), kind) for kind in ("PNG", "WEBP", "GIF", "BMP")),
+    ]:
+        for _ in range(40):
+            damaged = np.frombuffer(content, dtype=np.uint8).copy()
+            damaged[rng.integers(0, 120, 6)] = rng.integers(0, 256, 6)
+            try:
+                assert data.decode_image(damaged.tobytes()).mode == "RGB"
+            except data.BadSample as bad:
+                assert bad.reason in data.REASONS
+
+
+@pytest.mark.parametrize(
+    ("content", "from_json", "caption"),
+    [
+        (b" a cat\n", False, "a cat"),
+        (b"\xef\xbb\xbfa cat", False, "a cat"),  # a byte order mark is no word
+        ("猫".encode(), False, "猫"),
+        (b'{"caption": " a cat "}', True, "a cat"),
+        (b'{"caption": "a \\ud83d\\ude00"}', True, "a 😀"),
+        (b"", False, None),
+        (b" \n\t", False, None),
+        ("café".encode("latin-1"), False, None),
+        (b"", True, None),
+        (b"{", True, None),
+        (b"{}", True, None),
+        (b'{"caption": null}', True, None),
+        (b'{"caption": 7}', True, None),
+        (b'{"caption": "half a \\ud83d"}', True, None),  # the tokenizer could not spell it
+        (b'["caption"]', True, None),
+        (b"[" * 100_000, True, None),
+    ],
+)
+def test_captions(content, from_json, caption):
+    if caption is not None:
+        assert data.decode_caption(content, from_json) == caption
+    else:
+        with pytest.raises(data.BadSample) as bad:
+            data.decode_caption(content, from_json)
+        assert bad.value.reason == "caption"
+
+
+def test_bad_samples_are_replaced_in_a_fixed_way_and_counted_by_reason(tmp_path):
+    members = (
+        pair(0, image=b"broken") + pair(1, "  ") + pair(2) + pair(3, "33") + [("4.jpg", jpeg(4)), ("4.json", b"{}")]
+    )
+    members[5] = ("2.txt", b"\xff\xfe")
     pairs = dataset(write_tar(tmp_path / "x.tar", members))
-    assert [(pairs[(0, k)][1].item(), pairs[(0, k)][3]) for k in range(5)] == [
-        (33, 3),
-        (33, 2),
-        (33, 1),
-        (33, 0),
-        (33, 4),
-    ]
+    assert data.REASONS == ("shard", "image", "size", "caption")
+    for index, bad in enumerate([[0, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 3]]):
+        _, tokens, _, counts = pairs[(0, index)]
+        assert tokens.tolist() == [33] and counts.tolist() == bad
+    batch = next(iter(torch.utils.data.DataLoader(pairs, batch_sampler=[[(0, 0), (1, 4)]])))
+    assert batch[3].sum(0).tolist() == [0, 2, 0, 5]
 
 
-def test_nothing_but_bad_samples_is_an_error(tmp_path):
-    pairs = dataset(write_tar(tmp_path / "x.tar", [("0.jpg", b"broken"), ("0.txt", b"7")]))
-    with pytest.raises(data.DataError, match="x.tar.*unreadable"):
+def test_a_broken_stretch_is_left_at_once(tmp_path):
+    """150 bad samples in a row out of 400: the replacement lies a hundredth of all pairs, 4, further on each time."""
+    members = sum((pair(k, str(k), None if k >= 150 else b"x") for k in range(400)), [])
+    pairs = dataset(write_tar(tmp_path / "x.tar", members))
+    assert [pairs[(0, k)][1].item() for k in (0, 3, 149, 399)] == [152, 151, 153, 399]
+    assert pairs[(0, 0)][3].tolist() == [0, 38, 0, 0]
+
+
+def test_nothing_but_bad_samples_is_an_error_that_names_one(tmp_path):
+    pairs = dataset(write_tar(tmp_path / "x.tar", pair("some/name", image=b"broken")))
+    with pytest.raises(data.DataError, match="x.tar: some/name.jpg: unreadable .image: Unidentified"):
         pairs[(0, 0)]
+
+
+def test_a_shard_that_vanishes_or_shrinks_gives_bad_samples(tmp_path):
+    pattern = make_shards(tmp_path, shards=3, pairs=2)
+    pairs = dataset(pattern)
+    (tmp_path / "000.tar").unlink()
+    os.truncate(tmp_path / "001.tar", 600)
+    assert pairs[(0, 0)][3].tolist() == [4, 0, 0, 0] and pairs[(0, 0)][1].tolist() == [2, 0]
+
+
+def test_too_many_bad_samples_stop_with_the_counts():
+    data.too_many_bad([0, 100, 0, 0], 899, 0.05)  # too few to judge
+    data.too_many_bad(torch.tensor([0, 60, 0, 40]), 900, 0.1)
+    with pytest.raises(data.DataError, match=r"101 of 1001 .*shard 0, image 60, size 1, caption 40.*--max-bad"):
+        data.too_many_bad(torch.tensor([0, 60, 1, 40]), 900, 0.1)
 
 
 def test_the_training_transform_crops_flips_and_normalises():
