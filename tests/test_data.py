@@ -3,14 +3,15 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
-import signal
+import re
 import struct
-import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -215,45 +216,50 @@ def test_an_index_is_mapped_and_not_sent_to_workers(tmp_path):
     assert isinstance(sent.index, np.memmap) and sent.read(5)[1] == pairs.read(5)[1]
 
 
-SCANNER = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import data
-scan = data.scan_shard
-def slow(path):
-    open({folder!r} + f"/scan-{{os.getpid()}}", "w").close()
-    time.sleep({seconds})
-    return scan(path)
-data.scan_shard = slow
-print(len(data.index_shards([{shard!r}], {folder!r})))
-"""
+def slow_scan(shard, folder, seconds):
+    """Builds an index in a process of its own, whose id becomes a file of folder once it scans."""
+
+    def slow(path, scan=data.scan_shard):
+        (folder / f"scan-{os.getpid()}").touch()
+        time.sleep(seconds)
+        return scan(path)
+
+    def work():
+        data.scan_shard = slow
+        sys.exit(0 if len(data.index_shards([shard], folder)) == 2 else 1)
+
+    folder.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
-def scanner(shard, folder, seconds):
-    program = SCANNER.format(root=str(conftest.ROOT), shard=shard, folder=str(folder), seconds=seconds)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-
-
-def scanned_by(folder, count):
-    """Waits until so many processes have begun to scan; their ids."""
-    end = time.time() + 60
-    while len(found := list(folder.glob("scan-*"))) < count and time.time() < end:
+def scanning(folder, end=30):
+    """The ids of the processes that scan, as soon as there is one."""
+    end += time.time()
+    while not (found := {int(path.name[5:]) for path in folder.glob("scan-*")}) and time.time() < end:
         time.sleep(0.01)
-    return {int(path.name[5:]) for path in found}
+    return found
 
 
-def test_one_process_scans_and_if_it_is_killed_another_takes_over(tmp_path):
+def test_one_process_scans_while_the_others_wait(tmp_path):
     shard = write_tar(tmp_path / "x.tar", pair("a"))
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "once").mkdir()
-    once = [scanner(shard, tmp_path / "once", 0.5) for _ in range(2)]
-    hanging = scanner(shard, tmp_path / "killed", 600)
-    assert scanned_by(tmp_path / "killed", 1) == {hanging.pid}
-    waiting = scanner(shard, tmp_path / "killed", 0)
-    assert [process.communicate(timeout=60)[0] for process in once] == ["2\n"] * 2
-    assert len(scanned_by(tmp_path / "once", 1)) == 1
+    processes = [slow_scan(shard, tmp_path / "out", 0.5) for _ in range(4)]
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4 and len(scanning(tmp_path / "out")) == 1
+
+
+def test_if_the_scanning_process_is_killed_another_takes_over(tmp_path):
+    shard = write_tar(tmp_path / "x.tar", pair("a"))
+    hanging = slow_scan(shard, tmp_path / "out", 600)
+    assert scanning(tmp_path / "out") == {hanging.pid}
+    waiting = slow_scan(shard, tmp_path / "out", 0)
+    waiting.join(0.5)
+    assert waiting.exitcode is None and scanning(tmp_path / "out") == {hanging.pid}
     hanging.kill()
-    assert waiting.communicate(timeout=60)[0] == "2\n" and hanging.wait() == -signal.SIGKILL
+    waiting.join(30)
+    assert waiting.exitcode == 0
 
 
 # ---- samples ----
@@ -448,6 +454,37 @@ def test_the_training_transform_crops_flips_and_normalises():
     assert 8 < sum(slopes) < 32  # half of them are flipped
 
 
+# ---- python data.py check ----
+
+
+def test_a_check_decodes_everything_and_says_what_is_wrong(tmp_path, capsys):
+    good = make_shards(tmp_path / "good", shards=2, pairs=3)
+    assert data.check_shards([good]) == 0
+    assert re.search(r"^pairs +6\ngood pairs +6  on average 40 x 36 pixels, 11 char", capsys.readouterr().out, re.M)
+    members = pair("a") + pair("b", image=b"x") + pair("c", " ") + pair("d", image=b"y") + pair("a")
+    content = open(write_tar(tmp_path / "good/bad.tar", members + [("e.txt", b"half")]), "rb").read()
+    (tmp_path / "good/cut.tar").write_bytes(content[:4000])
+    (tmp_path / "good/no.tar").write_bytes(b"no tar" * 1000)
+    assert data.check_shards([good]) == 1
+    out = capsys.readouterr().out
+    for line in (
+        r"shards +5\n",
+        r"half pairs +1 ",
+        r"duplicates +2 ",
+        r"bad: image +2 .*good/bad.tar: b.jpg \(image: Unid",
+        r"bad: caption +1 .*good/bad.tar: c.jpg \(caption: empty",
+        r"cut off shards +1 .*cut.tar",
+        r"unreadable shards +1 .*no.tar: not a tar",
+        r"[\d,]+ pairs per second",
+    ):
+        assert re.search("^" + line, out, re.M), (line, out)
+
+
+@pytest.mark.parametrize("members", [pair("a") + pair("a"), pair("a") + [("b.txt", b"half")]])
+def test_a_check_fails_on_half_pairs_and_duplicates_alone(tmp_path, members):
+    assert data.check_shards([write_tar(tmp_path / "x.tar", members)]) == 1
+
+
 # ---- order ----
 
 
@@ -462,6 +499,16 @@ def test_every_epoch_is_a_permutation():
     for epoch in range(4):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert flat[:10] != flat[10:20] and flat != sum(positions(data.GlobalOrder(10, 4, 10, seed=1))[1], [])
+
+
+def test_an_epochs_order_takes_four_bytes_a_pair():
+    n = 1_000_000
+    order = iter(data.GlobalOrder(n, batch_size=1, steps=1))
+    tracemalloc.start()
+    next(order)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4.1 * n
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -106,7 +106,8 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_settings(world, trained):
         assert {"w", "b", "tau_gcl_v", "tau_gcl_f", "lr", "grad_norm", "images_per_second", "replaced"} <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
     assert json.loads((trained / "config.json").read_text())["batch_size"] == 4
-    assert sorted(p.name for p in trained.iterdir()) == ["config.json", "last.pt", "log.jsonl"]
+    assert [p.name for p in sorted(trained.iterdir()) if p.suffix != ".npy"] == ["config.json", "last.pt", "log.jsonl"]
+    assert len(list(trained.glob("index-*.npy"))) == 1
     checkpoint = read(trained / "last.pt")
     assert checkpoint["step"] == 6 and not any(k.startswith("clip.") for k in checkpoint["model"])
 
