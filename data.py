@@ -102,7 +102,7 @@ def header_name(header):
 
 
 def walk_headers(path):
-    """Yields (name, offset, size) of the files in a tar by hopping from header to header: a quarter of tarfile's CPU time.
+    """Yields (name, offset, size) of the files in a tar, from header to header: a quarter of tarfile's CPU time.
 
     ValueError where tarfile has to look: a cut or broken tar, members past 8 GiB, sparse files, links and the like.
     """
