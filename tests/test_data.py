@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Shards, their order, training samples."""
+"""Shards, their order, training samples; labelled sets and the label rules of the eight benchmarks."""
 
 import io
 import json
@@ -14,15 +14,18 @@ import time
 import tracemalloc
 import zlib
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from tiny import jpeg, make_set, make_shards, write_tar
+from tiny import jpeg, make_shards, write_tar
 
 import data
 import gcl
+
+RULES = json.loads((conftest.GOLDEN / "datasets.json").read_text())
 
 
 def words(texts):
