@@ -63,7 +63,7 @@ def in_parallel(function, items, processes, what):
     """Yields function(item) of all items in their order, from a pool where processes is above 1, under a bar."""
     with multiprocessing.Pool(processes) if processes > 1 and items else contextlib.nullcontext() as pool:
         results = pool.imap(function, items, chunksize=1 + len(items) // 1000) if pool else map(function, items)
-        yield from tqdm(results, desc=what, total=len(items), leave=False)
+        yield from tqdm(results, desc=what, total=len(items), leave=False, delay=1)
 
 
 def write_whole(path, write):
