@@ -400,8 +400,8 @@ def main(args):
         results["datasets"][dataset.name] = result
         results["average"] = average(results)
         if rank == 0:  # after every set: a later one that fails loses nothing
-            report.write_results(args.out, results)
             report.write_sheet(Path(args.out, f"{dataset.name}.png"), dataset, pictures)
+            report.write_results(args.out, results)
             print(f"{dataset.name}: mIoU {report.number(result['miou'])} over {result['images']} images", flush=True)
     if rank == 0:
         print(f"{Path(args.out, 'results.md')}: average mIoU {report.number(results['average'])}")

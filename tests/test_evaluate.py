@@ -324,7 +324,8 @@ def test_one_image_of_another_size_than_its_label_stops_before_any_work(world, t
 
 def test_the_paper_rows_are_the_papers():
     tables = json.loads((GOLDEN / "paper_tables.json").read_text())
-    assert {name: list(row) for name, row in report.TABLE_1.items()} == tables["table1"]
+    rows = {name.replace("†", "-dagger"): list(row) for name, row in report.TABLE_1.items()}
+    assert rows == tables["table1"]
     assert list(report.COLUMNS) == tables["datasets"] == list(data.BENCHMARKS)
 
 

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: MIT
+"""What is rendered from results: the paper's tables beside the run, sheets with names, the radar, the page."""
+
+import base64
+import cmath
+import collections
+import html.parser
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+from tiny import check_refused, make_set, run
+
+import data
+import report
+
+MIOU = {"voc": 51.0, "context": 27.0, "coco_object": 29.5, "voc20": 80.0, "context59": 31.0, "coco_stuff": 25.0}
+MIOU |= {"cityscapes": 20.0, "ade20k": 15.0}  # only on COCO-Stuff above the paper's best
+TABLE_3 = """ViL-Seg 34.4 16.3 16.4 22.4
+ReCo 57.9 32.0 18.4 36.1
+GroupViT (RedCaps) 79.0 49.2 16.1 48.1
+MaskCLIP 73.0 56.5 21.9 50.5
+GCL 84.5 62.0 27.6 58.0"""
+
+
+def results_of(names=tuple(MIOU), partial=(), protocol=True, **more):
+    """Results with some of the eight sets, and the entries of `more`."""
+    sets = {}
+    for name in names:
+        full = data.BENCHMARKS[name].full
+        sets[name] = {"miou": MIOU.get(name, 30.0), "images": 9 if name in partial else full, "full": full}
+        sets[name] |= {"iou": {"cat": MIOU[name], "dog": None}, "partial_miou": None}
+        if data.BENCHMARKS[name].partial:
+            sets[name]["partial_miou"] = MIOU[name] + 0.26
+    settings = {"method": "gcl", "checkpoint": 'runs/<größe> & "x"/last.pt', "unified_protocol": protocol}
+    return {"average": None, "settings": settings, "datasets": sets | more}
+
+
+OWN = {"miou": 12.0, "images": 5, "full": 5, "iou": {"<b>Müll</b> & Co": 12.0, "a|b": None}, "partial_miou": None}
+
+
+def set_of(classes=("background", "sky", "tree"), n=1, full=None, name="mine"):
+    return data.SegmentationSet(name, list(classes), True, [None] * n, data.voc_palette(len(classes)), full)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """[(text, (x, y)), ...] of all that is written into pictures while the test runs."""
+    seen, real = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda self, xy, text, *a, **k: (seen.append((text, xy)), real(self, xy, text, *a, **k)),
+    )
+    return seen
+
+
+class Page(html.parser.HTMLParser):
+    """Checks while it reads that tags are balanced; keeps tags, attributes, and the text of each table cell."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.cells, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes)
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if "style" not in self.open:
+            self.text += text
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += text
+
+
+# ---- tables ----
+
+
+def test_the_papers_averages_are_its_rows_means():
+    for table in (report.TABLE_1, report.TABLE_3):
+        for name, (*figures, average) in table.items():
+            assert np.mean(figures) == pytest.approx(average, abs=0.06), name
+    assert {len(row) for row in report.TABLE_1.values()} == {9}
+    lines = [" ".join([name, *map(str, figures)]) for name, figures in report.TABLE_3.items()]
+    assert lines == TABLE_3.splitlines()
+
+
+def md_row(text, name, nth=0):
+    """The cells of the n-th markdown row of this name."""
+    rows = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in rows[nth]]
+
+
+def test_the_run_stands_under_both_tables_with_its_means():
+    text = report.markdown(results_of(mine=OWN))
+    assert md_row(text, "MaskCLIP†") == "29.3 21.1 15.5 53.7 23.3 14.7 21.6 10.8 23.7".split()
+    assert md_row(text, "**this run**") == "51.0 27.0 29.5 80.0 31.0 25.0 20.0 15.0 34.8".split()  # 278.5 / 8
+    assert md_row(text, "**this run**", 1) == "80.3 31.3 25.3 45.6".split()  # 136.78 / 3, the own set not in it
+    assert md_row(text, "ViL-Seg") == "34.4 16.3 16.4 22.4".split() and "partial)" not in text
+    assert text.count("the paper's figures") == 2
+
+
+def test_an_average_needs_every_set_and_a_number_for_each():
+    for results in (results_of([n for n in MIOU if n != "coco_stuff"]), results_of()):
+        results["datasets"].get("coco_stuff", {}).update(miou=None, partial_miou=None)
+        text = report.markdown(results)
+        assert md_row(text, "**this run**")[5::3] == ["", ""] and md_row(text, "**this run**", 1)[2:] == ["", ""]
+    assert "Table 3 (" not in report.markdown(results_of(["voc"])) and "Table 1" in report.markdown(results_of(["voc"]))
+    assert "the paper's figures" not in report.markdown(results_of([], mine=OWN))
+
+
+def test_a_partial_set_is_marked_wherever_its_number_stands(texts):
+    results = results_of(partial=["voc20"])
+    results["datasets"]["voc20"]["sweep"] = {"0.40": 80.0, "0.50": 79.0}
+    text = report.markdown(results)
+    first = "51.0,27.0,29.5,80.0 (partial),31.0,25.0,20.0,15.0,34.8 (partial)"
+    assert md_row(text, "**this run**") == first.split(",")
+    assert md_row(text, "**this run**", 1) == ["80.3 (partial)", "31.3", "25.3", "45.6 (partial)"]
+    assert md_row(text, "voc20") == ["80.0 (partial)", "9 of 1449", "80.3 (partial)", "80.0 (partial) at 0.40"]
+    assert "**Partial**: only some of the images of voc20." in text and "## voc20 (partial: 9 of 1449 images)" in text
+    page = Page(report.page("nowhere", results))
+    for shown in (text, page.text):
+        assert len(re.findall(r"80\.[03](?! \(partial\))", shown)) == 0 and shown.count("80.0 (partial)") >= 4
+        assert "34.8 (partial)" in shown and "34.8" not in shown.replace("34.8 (partial)", "")
+    report.radar(results)
+    seen = [text for text, _ in texts]
+    assert "this run (partial)" in seen and seen[seen.index("VOC20") + 1] == "partial" and seen.count("partial") == 1
+
+
+def test_evaluates_own_mark_of_partial_counts_before_the_images():
+    assert report.is_partial(OWN | {"partial": True}) and not report.is_partial(OWN | {"full": 9, "partial": False})
+    assert report.is_partial(OWN | {"full": 9}) and not report.is_partial(OWN | {"full": None})
+
+
+@pytest.mark.parametrize(
+    "protocol, mark", [(True, None), (False, "Outside the unified protocol"), (None, "Protocol not known")]
+)
+def test_a_run_outside_the_protocol_says_so(protocol, mark, texts):
+    results = results_of(protocol=protocol)
+    report.radar(results)
+    outside = "this run (outside the protocol)"
+    for text in (report.markdown(results), report.page("nowhere", results), " ".join(text for text, _ in texts)):
+        assert (outside in text) == (protocol is False)
+    for text in (report.markdown(results), report.page("nowhere", results)):
+        assert [m for m in ("Outside the unified protocol", "Protocol not known") if m in text] == [mark] * bool(mark)
+
+
+def test_names_of_classes_do_not_break_the_markdown():
+    lines = report.markdown(results_of([], mine=OWN)).splitlines()
+    assert "| &lt;b&gt;Müll&lt;/b&gt; &amp; Co | 12.0 |" in lines and "| a\\|b |  |" in lines
+
+
+# ---- sheets ----
+
+
+def flood(indices, start):
+    """The pixels that hang together with start, one after the other."""
+    todo, seen = [start], set()
+    while todo:
+        y, x = todo.pop()
+        inside = 0 <= y < indices.shape[0] and 0 <= x < indices.shape[1]
+        if (y, x) not in seen and inside and indices[y, x] == indices[start]:
+            seen.add((y, x))
+            todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_are_the_floods(seed):
+    indices = np.random.default_rng(seed).integers(0, 2, (13, 11))
+    found = report.regions(indices)
+    for start in np.ndindex(indices.shape):
+        assert set(map(tuple, np.argwhere(found == found[start]).tolist())) == flood(indices, start)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_point_inside_is_as_far_from_the_rim_as_any(seed):
+    indices = np.kron(np.random.default_rng(seed).integers(0, 2, (4, 5)), np.ones((6, 7), int))
+    region = report.regions(indices) == report.regions(indices)[0, 0]
+    outside = np.argwhere(~np.pad(region, 1)) - 1
+    depth = {p: np.abs(outside - p).sum(1).min() for p in map(tuple, np.argwhere(region).tolist())}
+    assert depth[report.inside(region)] == max(depth.values())
+
+
+def test_a_name_stands_inside_the_largest_region_of_its_class(texts):
+    indices = np.zeros((120, 200), dtype=np.uint8)
+    indices[10:110, 20:180] = 1
+    indices[40:80, 50:180] = 0  # a C of sky around a bay, whose mean is outside of it
+    indices[90:119, 185:199] = 1  # a second sky, smaller
+    indices[55:57, 100:103] = 2  # a speck
+    indices[:4] = 255
+    ys, xs = np.nonzero(indices == 1)
+    assert indices[int(ys.mean()), int(xs.mean())] == 0
+    picture = Image.new("RGB", (200, 120), "#4060a0")
+    report.draw_names(picture, indices, ["background", "sky", "tree"])
+    assert sorted(text for text, _ in texts) == ["background", "sky"]
+    x, y = dict(texts)["sky"]
+    assert (round(y), round(x)) in flood(indices, (12, 22))
+    pixels = np.array(picture)[round(y) - 7 : round(y) + 8, round(x) - 14 : round(x) + 15].reshape(-1, 3)
+    assert (pixels > 200).all(1).sum() > 10 and (pixels < 40).all(1).sum() > 30  # white letters, dark rim
+
+
+def test_names_stay_in_the_picture_and_out_of_each_others_way(texts):
+    indices = np.repeat(np.arange(12, dtype=np.uint8), 10)[None].repeat(60, 0)  # 12 narrow stripes
+    report.draw_names(Image.new("RGB", (120, 60)), indices, [f"long name {k}" for k in range(12)])
+    half = max(report.font(13).getlength(text) for text, _ in texts) / 2
+    assert len(texts) == 1 and half <= texts[0][1][0] <= 120 - half
+
+
+def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
+    label = np.zeros((300, 400), dtype=np.int64)
+    label[100:, 200:], label[:30] = 2, 255
+    prediction = np.ones_like(label)
+    image = np.full((300, 400, 3), (9, 99, 199), dtype=np.uint8)
+    report.write_sheet(tmp_path / "new/part.png", set_of(n=3, full=7), [(image, label, prediction)] * 2)
+    assert ("mine (partial: 3 of 7 images)") in [text for text, _ in texts]
+    sheet = np.array(Image.open(tmp_path / "new/part.png"))
+    colours = {tuple(c): n for c, n in zip(*np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True), strict=True)}
+    cell = 256 * 192  # per cell, of two; names and legend cover a little
+    for colour, share in (((9, 99, 199), 1), ((0, 128, 0), 1 / 3), ((128, 0, 0), 1)):
+        assert 0.9 * share < colours[colour] / (2 * cell) < 1.02 * share, colour
+    names = collections.Counter(text for text, _ in texts)
+    assert names["sky"] == 3 and names["tree"] == 3 and names["background"] == 3  # two cells and the legend
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["part.png"]
+    texts.clear()
+    report.write_sheet(tmp_path / "whole.png", set_of(n=7, full=7), [(image, label, prediction)])
+    assert texts and not [text for text, _ in texts if "partial" in text]
+
+
+def test_ignored_pixels_are_white_and_the_last_class_has_its_colour():
+    palette = data.voc_palette(254)
+    shown = report.colour(np.array([[0, 253, 255]]), palette)
+    assert shown.tolist() == [[palette[0], palette[253], [255, 255, 255]]]
+
+
+def test_without_a_system_font_letters_are_spelled_out(monkeypatch):
+    report.font.cache_clear(), report._has.cache_clear()
+    real = ImageFont.truetype
+    monkeypatch.setattr(
+        ImageFont, "truetype", lambda font=None, *a, **k: _missing() if isinstance(font, str) else real(font, *a, **k)
+    )
+    try:
+        assert report.drawable("Müll\n MaskCLIP† 日", 13) == "Mull MaskCLIP-dagger ?"
+    finally:
+        report.font.cache_clear(), report._has.cache_clear()
+
+
+def _missing():
+    raise OSError("cannot open resource")
+
+
+# ---- radar ----
+
+
+def spot(k, share):
+    """(x, y): axis k of eight, clockwise from the top."""
+    z = complex(*report.CENTRE) - 1j * report.RADIUS * share * cmath.exp(2j * cmath.pi * k / 8)
+    return round(z.real), round(z.imag)
+
+
+def test_the_radar_has_each_number_at_its_place():
+    picture = report.radar(results_of())
+    assert picture.size == report.RADAR
+    best = [max(row[k] for row in report.TABLE_1.values()) for k in range(8)]
+    best[5] = 25.0  # this run's COCO-Stuff
+    for k, value in enumerate(MIOU.values()):
+        assert picture.getpixel(spot(k, value / best[k])) == (0, 0, 0), k
+        gcl = report.TABLE_1["GCL"][k]
+        assert picture.getpixel(spot(k, gcl / best[k] + 0.01)) == (0xD5, 0x5E, 0), k
+        a, b = spot(k, value / best[k]), spot(k + 1, list(MIOU.values())[(k + 1) % 8] / best[(k + 1) % 8])
+        assert picture.getpixel(((a[0] + b[0]) // 2, (a[1] + b[1]) // 2)) == (0, 0, 0), k  # the line between
+
+
+def test_an_axis_without_a_number_is_a_gap_and_says_so(texts):
+    assert report.radar(results_of(["voc", "context"])) is None
+    picture = report.radar(results_of(["voc", "context", "voc20"]))
+    seen = [text for text, _ in texts]
+    for title in ("VOC", "Context", "VOC20"):
+        assert seen[seen.index(title) + 1].startswith("max")
+    for title in ("Object", "Context59", "Stuff", "City", "ADE"):
+        assert seen[seen.index(title) + 1] == "not run"
+    assert "max 22.4" in seen  # the paper's best, since this run has no COCO-Stuff
+    y, x = np.nonzero((np.array(picture) < 60).all(2))
+    turn = np.degrees(np.arctan2(x - report.CENTRE[0], report.CENTRE[1] - y)) % 360
+    far = np.hypot(x - report.CENTRE[0], y - report.CENTRE[1])
+    found = turn[(far > 20) & (far < report.RADIUS + 5)].round()  # labels are farther out
+    assert found.size and not ((found > 48) & (found < 132) | (found > 138) & (found < 357)).any()
+
+
+def test_the_rows_stay_apart_for_colour_blind_eyes():
+    """Colours as seen with protanopia and deuteranopia (Machado et al. 2009); dash and marker differ as well."""
+    protan = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    deutan = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    for matrix in (np.eye(3), np.array(protan), np.array(deutan)):
+        for a, b in itertools.combinations(report.STYLES.values(), 2):
+            seen = [matrix @ (np.array(list(bytes.fromhex(c[0][1:]))) / 255) ** 2.2 for c in (a, b)]
+            assert np.abs(np.clip(seen[0], 0, 1) ** 0.45 - np.clip(seen[1], 0, 1) ** 0.45).sum() > 0.2, (a, b)
+    assert len({style[1:] for style in report.STYLES.values()}) == 7 == len({s[2:] for s in report.STYLES.values()})
+    assert set(report.STYLES) == {*report.TABLE_1, report.RUN}
+
+
+# ---- page and files ----
+
+
+def write(folder, results, **sizes):
+    """A folder as evaluate.py leaves it: a sheet per set, then the results."""
+    for name, size in sizes.items():
+        report.save_png(folder / f"{name}.png", Image.new("RGB", size, "red"))
+    report.write_results(folder, results)
+
+
+def test_the_page_is_one_sound_file_with_all_in_it(tmp_path):
+    write(tmp_path, results_of(mine=OWN), voc=(30, 20), mine=(9, 8))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    names = [tag for tag, _ in page.tags]
+    assert text.startswith("<!DOCTYPE html>") and names.count("h1") == names.count("main") == 1
+    assert ("meta", {"charset": "utf-8"}) in page.tags and 'name="viewport" content="width=device-width' in text
+    assert not {"script", "link", "iframe", "object", "b"} & set(names) and not re.search(
+        r"url\(|@import|https?:", text
+    )
+    for _, attributes in page.tags:
+        assert not {name for name in attributes if name in ("href", "srcset") or name.startswith("on")}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(len(image["alt"]) > 20 for image in images)
+    sources = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True) for image in images]
+    assert sources == [(tmp_path / f"{name}.png").read_bytes() for name in ("radar", "voc", "mine")]
+    assert names.count("details") == 1 + 9 and names.count("section") == 9
+    for name in ("<b>Müll</b> & Co", "a|b", "MaskCLIP†", "34.8", "45.6"):
+        assert name in page.cells
+    assert '"x"/last.pt' in page.text and "runs/<größe> &" in page.text
+
+
+def test_rendering_again_gives_the_same_bytes(tmp_path):
+    write(tmp_path, results_of(partial=["ade20k"], mine=OWN), voc=(30, 20))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"results.json", "results.md", "report.html", "radar.png", "voc.png"}
+    for name in ("results.md", "report.html", "radar.png"):
+        (tmp_path / name).unlink()
+    result = run("report.py", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_earlier_runs_radar_does_not_stay_and_a_set_may_be_called_radar(tmp_path):
+    write(tmp_path, results_of())
+    report.write_results(tmp_path, results_of(["voc"]))
+    assert not (tmp_path / "radar.png").exists() and "data:image" not in (tmp_path / "report.html").read_text()
+    write(tmp_path, results_of(radar=OWN), radar=(9, 8))
+    with Image.open(tmp_path / "radar.png") as sheet:
+        assert sheet.size == (9, 8)
+    assert (tmp_path / "report.html").read_text().count("data:image") == 1
+
+
+def test_evaluate_leaves_the_whole_report(tmp_path):
+    """Label files scored against themselves, three of five: 100, partial, the last set's sheet on the page too."""
+    specs = [make_set(tmp_path / name) for name in ("one", "two")]
+    for name in ("one", "two"):
+        for k in range(5):
+            label = np.array(Image.open(tmp_path / name / f"labels/{k}.png"))
+            (tmp_path / "made" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / "made" / name / f"{k}.png")
+    result = run(
+        *("evaluate.py", "--datasets", *specs, "--predictions", tmp_path / "made", "--limit", 3, "--workers", 0),
+        *("--out", tmp_path / "out"),
+    )
+    assert result.returncode == 0, result.stderr
+    page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("img") == 2 and "one (partial: 3 of 5 images)" in page.text
+    assert page.cells.count("100.0 (partial)") == 2 * (1 + 3) and "100.0" not in page.cells
+
+
+BAD = [
+    ("{", "cannot be read as JSON"),
+    ('{"settings": {}, "datasets": {"voc": {"miou": NaN}}}', "cannot be read as JSON"),
+    ("[]", "settings and datasets"),
+    ('{"settings": {}}', "settings and datasets"),
+    ('{"settings": {}, "datasets": {"voc": 3}}', "voc: miou"),
+    (json.dumps({"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "iou"}}}), "voc: iou"),
+    (
+        json.dumps({"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "full"}}}),
+        "voc: needs par",
+    ),
+    (json.dumps({"settings": {}, "datasets": {"voc": OWN | {"iou": {"cat": "3"}}}}), "voc: iou and sweep"),
+    (json.dumps({"settings": {}, "datasets": {"a/b": OWN}}), "a/b"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD)
+def test_results_that_cannot_be_rendered_are_named(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(report.ReportError, match=re.escape(f"{tmp_path / 'results.json'}: ")) as error:
+        report.read_results(tmp_path)
+    assert message in str(error.value)
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    check_refused(run("report.py"), 2, "FOLDER")
+    check_refused(run("report.py", tmp_path / "nowhere"), 1, "nowhere", "results.json", "evaluate.py")
+    (tmp_path / "results.json").write_text('{"settings": ')
+    check_refused(run("report.py", tmp_path), 1, "results.json", "JSON")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert "FOLDER" in run("report.py", "--help").stdout
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    report.save_png(tmp_path / "a.png", Image.new("RGB", (3, 3)))
+    before = (tmp_path / "a.png").read_bytes()
+
+    class Broken:
+        def save(self, file, format):
+            file.write_bytes(b"half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        report.save_png(tmp_path / "a.png", Broken())
+    assert (tmp_path / "a.png").read_bytes() == before
