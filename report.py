@@ -127,7 +127,7 @@ def number(value):
 
 def is_partial(r):
     """Whether the entry of a set covers only some of its images."""
-    return r.get("partial", r["images"] != (r.get("full") or r["images"]))
+    return bool(r.get("partial", r["images"] != (r.get("full") or r["images"])))
 
 
 def marked(value, partial):
@@ -158,7 +158,7 @@ def notes(results):
     if protocol is False:
         yield "Outside the unified protocol", "these settings differ from it, so do not compare with the paper."
     if protocol is None:
-        yield "Protocol not known", "label files were scored; how they were made is not recorded."
+        yield "Protocol not known", "nothing records whether this run, or who made its label files, kept to it."
     if partial:
         yield "Partial", f"only some of the images of {', '.join(partial)}."
 
@@ -327,7 +327,7 @@ def draw_names(picture, indices, names, size=13):
     """
     where = regions(indices)
     numbers, area = np.unique(where, return_counts=True)
-    draw, done, boxes = ImageDraw.Draw(picture), set(), []
+    draw, done, taken = ImageDraw.Draw(picture), set(), np.zeros(indices.shape, bool)
     for root in numbers[np.argsort(-area, kind="stable")][: (area > indices.size / 100).sum()]:
         k = int(indices.flat[root])
         if k in done or k >= len(names):
@@ -337,9 +337,9 @@ def draw_names(picture, indices, names, size=13):
         half = font(size).getlength(drawable(names[k], size)) / 2 + 2
         x = min(max(x, half), max(picture.width - half, half))  # the whole name stays in the picture
         y = min(max(y, size // 2 + 1), picture.height - size // 2 - 1)
-        box = (x - half, y - size / 2, x + half, y + size / 2)
-        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes):
-            boxes.append(box)
+        box = np.s_[max(y - size // 2, 0) : y + size // 2 + 1, int(x - half) : int(x + half)]
+        if not taken[box].any():
+            taken[box] = True
             put_text(draw, (x, y), names[k], size, "white", anchor="mm", stroke_width=2, stroke_fill="black")
 
 
@@ -444,7 +444,7 @@ def _legend(names):
 def _radar_text(draw, results, entries, best):
     put_text(draw, (360, 18), "mIoU, each axis from 0 to its best row", 18, anchor="mm")
     for k, (name, r) in enumerate(zip(TITLES, entries, strict=True)):
-        state = "not run" if r is None or r["miou"] is None else "partial" * is_partial(r)
+        state = "not run" if r is None else "no number" if r["miou"] is None else "partial" * is_partial(r)
         x, y = vertex(k, 1 + (50 if k % 4 == 0 else 68) / RADIUS)
         lines = [text for text in (name, state, f"max {best[k]:.1f}") if text]
         for j, text in enumerate(lines):

@@ -142,6 +142,7 @@ def test_a_partial_set_is_marked_wherever_its_number_stands(texts):
 
 def test_evaluates_own_mark_of_partial_counts_before_the_images():
     assert report.is_partial(OWN | {"partial": True}) and not report.is_partial(OWN | {"full": 9, "partial": False})
+    assert (report.marked(3, True), report.marked(3, False), report.marked(None, True)) == ("3.0 (partial)", "3.0", "")
     assert report.is_partial(OWN | {"full": 9}) and not report.is_partial(OWN | {"full": None})
 
 
@@ -286,12 +287,15 @@ def test_the_radar_has_each_number_at_its_place():
 
 def test_an_axis_without_a_number_is_a_gap_and_says_so(texts):
     assert report.radar(results_of(["voc", "context"])) is None
-    picture = report.radar(results_of(["voc", "context", "voc20"]))
+    results = results_of(["voc", "context", "voc20", "ade20k"])
+    results["datasets"]["ade20k"]["miou"] = None
+    picture = report.radar(results)
     seen = [text for text, _ in texts]
     for title in ("VOC", "Context", "VOC20"):
         assert seen[seen.index(title) + 1].startswith("max")
-    for title in ("Object", "Context59", "Stuff", "City", "ADE"):
+    for title in ("Object", "Context59", "Stuff", "City"):
         assert seen[seen.index(title) + 1] == "not run"
+    assert seen[seen.index("ADE") + 1] == "no number"
     assert "max 22.4" in seen  # the paper's best, since this run has no COCO-Stuff
     y, x = np.nonzero((np.array(picture) < 60).all(2))
     turn = np.degrees(np.arctan2(x - report.CENTRE[0], report.CENTRE[1] - y)) % 360
