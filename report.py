@@ -501,7 +501,7 @@ def html_table(caption, header, rows):
 def html_image(path, alt, kind):
     """A PNG as a figure with its bytes in the page."""
     source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img class="{kind}" alt="{html.escape(alt)}" src="{source}"></figure>'
+    return f'<figure tabindex="0"><img class="{kind}" alt="{html.escape(alt)}" src="{source}"></figure>'
 
 
 def html_set(folder, name, r):

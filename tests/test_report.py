@@ -201,7 +201,7 @@ def test_a_name_stands_inside_the_largest_region_of_its_class(texts):
     indices[10:110, 20:180] = 1
     indices[40:80, 50:180] = 0  # a C of sky around a bay, whose mean is outside of it
     indices[90:119, 185:199] = 1  # a second sky, smaller
-    indices[55:57, 100:103] = 2  # a speck
+    indices[20:24, 140:144] = 2  # a speck
     indices[:4] = 255
     ys, xs = np.nonzero(indices == 1)
     assert indices[int(ys.mean()), int(xs.mean())] == 0
@@ -214,11 +214,13 @@ def test_a_name_stands_inside_the_largest_region_of_its_class(texts):
     assert (pixels > 200).all(1).sum() > 10 and (pixels < 40).all(1).sum() > 30  # white letters, dark rim
 
 
-def test_names_stay_in_the_picture_and_out_of_each_others_way(texts):
-    indices = np.repeat(np.arange(12, dtype=np.uint8), 10)[None].repeat(60, 0)  # 12 narrow stripes
-    report.draw_names(Image.new("RGB", (120, 60)), indices, [f"long name {k}" for k in range(12)])
-    half = max(report.font(13).getlength(text) for text, _ in texts) / 2
-    assert len(texts) == 1 and half <= texts[0][1][0] <= 120 - half
+@pytest.mark.parametrize("widest", [0, 11])
+def test_names_stay_in_the_picture_and_out_of_each_others_way(texts, widest):
+    stripes = np.repeat(np.arange(12, dtype=np.uint8), [15 if k == widest else 9 for k in range(12)])
+    indices = stripes[None].repeat(60, 0)  # the widest is named first, and leaves the others no room
+    report.draw_names(Image.new("RGB", (114, 60)), indices, [f"long name {k}" for k in range(12)])
+    half = report.font(13).getlength(f"long name {widest}") / 2
+    assert len(texts) == 1 and texts[0][0] == f"long name {widest}" and half <= texts[0][1][0] <= 114 - half
 
 
 def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
