@@ -243,6 +243,14 @@ def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
     assert texts and not [text for text, _ in texts if "partial" in text]
 
 
+def test_a_smaller_label_map_holds_no_class_that_was_not_there(tmp_path):
+    label = np.random.default_rng(0).integers(0, 2, (500, 700)) * 2  # background and trees; between them would be sky
+    image = np.full((500, 700, 3), 99, dtype=np.uint8)
+    report.write_sheet(tmp_path / "a.png", set_of(), [(image, label, label)])
+    colours = set(map(tuple, np.array(Image.open(tmp_path / "a.png")).reshape(-1, 3).tolist()))
+    assert (0, 128, 0) in colours and (128, 0, 0) not in colours
+
+
 def test_ignored_pixels_are_white_and_the_last_class_has_its_colour():
     palette = data.voc_palette(254)
     shown = report.colour(np.array([[0, 253, 255]]), palette)
