@@ -196,7 +196,7 @@ def tables(results):
     some, names = ("VOC20", "Context59", "Stuff"), ("voc20", "context59", "coco_stuff")
     found = [
         beside(results, "Table 1 (the paper's figures)", TABLE_1, TITLES, COLUMNS, "miou"),
-        beside(results, "Table 3, some classes (the paper's figures)", TABLE_3, some, names, "partial_miou"),
+        beside(results, "Table 3 (the paper's figures), some classes", TABLE_3, some, names, "partial_miou"),
         own_table(results),
     ]
     return [table for table in found if table]
