@@ -3,12 +3,14 @@
 
     python evaluate.py --all --checkpoint runs/gcl/last.pt            # the eight benchmarks under --data-root data
     python evaluate.py --all --checkpoint tcl.pth                     # the authors' released checkpoint
-    python evaluate.py --datasets voc mine/SPEC.json --method maskclip
+    python evaluate.py --datasets voc mine/SPEC.json --method maskclip   # CLIP alone; or clip, sclip, naclip, ...
+    python evaluate.py --all --predictions DIR                        # anyone's label PNGs, no model needed
     torchrun --nproc_per_node=8 evaluate.py --all --checkpoint runs/gcl/last.pt
 
 The protocol: shorter side 448, windows of 448 with stride 224, masks averaged where windows overlap, resized to the
 label, argmax; a constant background channel where a set has background (0.4 with PAMR, 0.5 without); class names
-as they are, never "background" as a prompt; one confusion matrix per set.
+as they are, never "background" as a prompt; one confusion matrix per set. Fewer images than the whole set has give a
+result that is marked partial everywhere.
 """
 
 import argparse
@@ -47,6 +49,7 @@ TEMPLATES = {  # Paper silent: prompts; the release's nine
     "simple": ("a photo of a {}.",),
 }
 SWEEP = [round(0.05 * k, 2) for k in range(1, 20)]  # background thresholds of --sweep-threshold
+ERRORS = (data.DataError, gcl.CheckpointError, OSError)  # what a user can cause; each is one clear line
 PROTOCOL = {"short_side": 448, "window": 448, "stride": 224}  # Paper silent: window and stride; the release's
 
 
@@ -60,28 +63,20 @@ def parse_args(argv=None):
     add("--data-root", default="data", help="folder of the benchmarks, in the layout of their downloads")
     add("--available", action="store_true", help="with --all: evaluate the benchmarks that are there, name the others")
     add("--checkpoint", help="a checkpoint of train.py (default runs/gcl/last.pt), or the authors' tcl.pth")
-    add(
-        "--model",
-        help="open_clip name or model-config .json; default: what the checkpoint names, or ViT-B-16-quickgelu",
-    )
+    add("--model", help="open_clip name or config .json; default: what the checkpoint names, or ViT-B-16-quickgelu")
     add("--pretrained", help="open_clip tag or local weights; default: what the checkpoint names, or openai")
-    add("--method", choices=["gcl", "maskclip"], default="gcl", help="gcl; or CLIP alone as MaskCLIP-dagger (Table 1)")
+    alone = "gcl, or CLIP alone: of Table 1, maskclip is MaskCLIP-dagger and maskclip-refined MaskCLIP"
+    add("--method", choices=["gcl", *gcl.METHODS], default="gcl", help=alone)
     add("--pamr", action=argparse.BooleanOptionalAction, default=True, help="refine masks (Sec. 3.4)")
     add("--bg-threshold", type=float, help="background channel; default 0.4 with PAMR, 0.5 without (paper silent)")
-    add(
-        "--sweep-threshold", action="store_true", help="also mIoU at thresholds 0.05 to 0.95: a diagnostic, no headline"
-    )
+    add("--sweep-threshold", action="store_true", help="also mIoU at thresholds 0.05 to 0.95: a diagnostic alone")
     add("--short-side", type=int, default=448, help="pixels of the shorter side (Sec. 4.1)")
     add("--window", type=int, default=448, help="side of the sliding window (paper silent)")
     add("--stride", type=int, default=224, help="step of the sliding window (paper silent)")
-    add("--kp-weight", type=float, default=0.3, help="w_kp of the knowledge preservation branch (Appendix A)")
+    add("--kp-weight", type=float, default=0.3, help="of gcl: the knowledge preservation branch (Appendix A)")
     add("--templates", default="release", help="release, simple, or a file with one prompt per line, {} for the name")
     add("--limit", type=int, metavar="N", help="the first N images of each set; the result is marked partial")
-    add(
-        "--predictions",
-        metavar="DIR",
-        help="score label PNGs DIR/<dataset>/<image id>.png of any method; needs no model",
-    )
+    add("--predictions", metavar="DIR", help="score any method's PNGs DIR/<dataset>/<image id>.png; needs no model")
     add("--save-predictions", action="store_true", help="write label PNGs to OUT/predictions/<dataset>/<image id>.png")
     add("--out", default="results", help="folder for results.json, results.md and pictures")
     add("--device", help="cuda, mps or cpu; default: the best there is")
@@ -90,8 +85,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.checkpoint and (args.predictions or args.method != "gcl"):
         p.error("--checkpoint goes with --method gcl alone")
-    if args.predictions and args.sweep_threshold:
-        p.error("--sweep-threshold needs masks, --predictions holds labels alone")
+    if args.predictions and (args.sweep_threshold or args.save_predictions):
+        p.error("--sweep-threshold and --save-predictions need a model's masks, --predictions holds labels alone")
     if args.method == "gcl" and not args.predictions:
         args.checkpoint = args.checkpoint or "runs/gcl/last.pt"
     if min(args.short_side, args.window, args.stride, 1 if args.limit is None else args.limit) < 1:
@@ -132,7 +127,8 @@ def segment_image(net, image, text, args):
 
     image: uint8 [h0, w0, 3]. Returns float32 on the net's device, at the protocol's size of the image.
     """
-    mean, std = (torch.tensor(v, device=text.device).view(3, 1, 1) for v in norm_of(net, args))
+    norm = net.recipe.norm if args.method == "gcl" else gcl.CLIP_NORM
+    mean, std = (torch.tensor(v, device=text.device).view(3, 1, 1) for v in norm)
     x = (torch.from_numpy(image).to(text.device).permute(2, 0, 1) / 255 - mean) / std  # [3, h0, w0]
     height, width = resized(*image.shape[:2], args.short_side)
     x = F.interpolate(x[None], size=(height, width), mode="bilinear", align_corners=False)  # [1, 3, h, w]
@@ -141,10 +137,10 @@ def segment_image(net, image, text, args):
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     refine = pamr.pamr if args.pamr else None
     with torch.autocast(crops.device.type, dtype, enabled=dtype is not None):
-        if args.method == "maskclip":
-            masks = net.segment_maskclip(crops, text, refine)  # [n, K, window, window]
+        if args.method == "gcl":
+            masks = net.segment(crops, text, refine, args.kp_weight)  # [n, K, window, window]
         else:
-            masks = net.segment(crops, text, refine, args.kp_weight)
+            masks = net.segment_clip(crops, text, args.method, refine)
     if len(corners) == 1:
         return masks[0]
     total = masks.new_zeros(masks.shape[1], height, width)
@@ -153,11 +149,6 @@ def segment_image(net, image, text, args):
         total[:, y1:y2, x1:x2] += mask
         count[y1:y2, x1:x2] += 1
     return total / count  # [K, h, w]
-
-
-def norm_of(net, args):
-    """(mean, std) of the images: the checkpoint's recipe, or CLIP's own for CLIP alone."""
-    return gcl.CLIP_NORM if args.method == "maskclip" else net.recipe.norm
 
 
 def best_class(masks, size, chunk=16):
@@ -225,35 +216,43 @@ class Images(Dataset):
             return error
 
 
-def unchanged(item):
-    """Keeps DataLoader from turning arrays into tensors; a function, since workers may be spawned."""
-    return item
-
-
 def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
     """One set. Returns (result dict for results.json, example images for the picture sheet)."""
-    n, started = len(dataset.classes), time.perf_counter()
-    text = None
+    started, text = time.perf_counter(), None
     if not args.predictions:
         text = net.encode_classes(dataset.prompts(), tokenizer, read_templates(args.templates))  # [K, C]
-    matrices = torch.zeros(1 + len(SWEEP), n, n, dtype=torch.int64)  # the first is the result, the others the sweep's
-    sweep = args.sweep_threshold and dataset.background and not args.predictions
+    sweep = SWEEP if args.sweep_threshold and dataset.background else []
+    matrices, pictures = count(dataset, net, text, args, sweep, rank, ranks)
+    if ranks > 1:
+        matrices = matrices.to(device if dist.get_backend() == "nccl" else "cpu")
+        try:
+            dist.all_reduce(matrices)  # of integers: the order of the ranks does not matter
+        except RuntimeError as error:
+            reason = f"another rank is gone, see its message ({gcl.first_line(error)})"
+            raise data.DataError(f"{dataset.name}: {reason}") from error
+    return summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started), pictures
+
+
+def count(dataset, net, text, args, sweep=(), rank=0, ranks=1):
+    """Confusion matrices int64 [1 + len(sweep), n, n] of this rank's images: the result's, then each threshold's."""
+    n = len(dataset.classes)
+    matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)
     mine = range(rank, len(dataset), ranks)  # dealt out without padding: every image counts once
-    loader = DataLoader(Images(dataset), None, sampler=mine, num_workers=args.workers, collate_fn=unchanged)
+    loader = DataLoader(Images(dataset), None, sampler=mine, num_workers=args.workers)
     shown, pictures = set(np.linspace(0, len(mine) - 1, report.ROWS).astype(int).tolist()), []  # of rank 0's images
     with tqdm(total=len(mine), desc=dataset.name, disable=rank > 0) as bar:
         for k, item in enumerate(loader):
             if isinstance(item, data.DataError):
                 raise item
-            image, label, image_id = item
+            image, label, image_id = item[0].numpy(), *item[1:]  # the loader has made tensors of both
             if args.predictions:
-                prediction = read_prediction(args, dataset, image_id, label.shape)
+                prediction = read_prediction(args, dataset, image_id, tuple(label.shape))
             else:
                 value, index = best_class(segment_image(net, image, text, args), label.shape)
                 prediction = with_background(value, index, args.bg_threshold) if dataset.background else index
-            label = torch.from_numpy(label).to(prediction.device)
+            label = label.to(prediction.device)
             matrices[0] += confusion(label, prediction, n).cpu()
-            for row, threshold in enumerate(SWEEP if sweep else [], start=1):
+            for row, threshold in enumerate(sweep, start=1):
                 matrices[row] += confusion(label, with_background(value, index, threshold), n).cpu()
             prediction = prediction.cpu().numpy().astype(np.uint8)
             if args.save_predictions:
@@ -261,10 +260,7 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
             if k in shown:
                 pictures.append((image, label.cpu().numpy(), prediction))
             bar.update()
-    if ranks > 1:
-        matrices = matrices.to(device)
-        dist.all_reduce(matrices)
-    return summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started), pictures
+    return matrices, pictures
 
 
 def summary(dataset, matrices, sweep, seconds):
@@ -276,12 +272,13 @@ def summary(dataset, matrices, sweep, seconds):
         "miou": mean_iou(matrices[0]),
         "images": len(dataset),
         "full": dataset.full,
+        "partial": len(dataset) != (dataset.full or len(dataset)),
         "iou": per_class,
         "partial_miou": mean_iou(matrices[0], partial) if partial else None,
         "seconds": round(seconds, 1),
     }
     if sweep:
-        result["sweep"] = {f"{t:.2f}": mean_iou(m) for t, m in zip(SWEEP, matrices[1:], strict=True)}
+        result["sweep"] = {f"{t:.2f}": mean_iou(m) for t, m in zip(sweep, matrices[1:], strict=True)}
     return result
 
 
@@ -315,11 +312,16 @@ def save_prediction(args, dataset, image_id, prediction):
     os.replace(temporary, path)
 
 
+def check_predictions(args, dataset):
+    """DataError that names the first missing prediction of a set, before any is scored."""
+    paths = [prediction_path(args.predictions, dataset, image_id) for image_id, *_ in dataset.items]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise data.DataError(f"{missing[0]}: this prediction is missing ({len(missing)} of {len(paths)} are)")
+
+
 def read_prediction(args, dataset, image_id, shape):
-    """Class indices int64 [h, w] of any method's label PNG; DataError when it is missing or does not fit."""
+    """Class indices int64 [h, w] of any method's label PNG; DataError when it does not fit."""
     path = prediction_path(args.predictions, dataset, image_id)
-    if not path.is_file():
-        raise data.DataError(f"{path}: the prediction for {image_id} is missing")
     prediction = data.read_label(path, data.lookup_table(range(len(dataset.classes)), []))
     if prediction.shape != shape:
         raise data.DataError(f"{path}: the prediction is {prediction.shape}, the label {shape} (height, width)")
@@ -328,15 +330,17 @@ def read_prediction(args, dataset, image_id, shape):
 
 def read_sets(args):
     """The sets to evaluate, every path checked; DataError lists all that is missing at once."""
-    sets, missing = [], []
-    for name in list(data.BENCHMARKS) if args.all else args.datasets:
+    sets, missing, names = [], [], list(data.BENCHMARKS) if args.all else args.datasets
+    for name in names:
         try:
             sets.append(data.read_set(name, args.data_root))
         except data.DataError as error:
-            missing.append(str(error))
+            named = name not in data.BENCHMARKS or str(error).startswith(name)
+            missing.append(str(error) if named else f"{name}: {error}")
     if missing and not (args.available and sets):
-        raise data.DataError("\n       ".join(missing))
-    for line in missing:
+        head = [f"{len(missing)} of {len(names)} sets cannot be read:"] if len(names) > 1 else []
+        raise data.DataError("\n       ".join(head + missing))
+    for line in missing if os.environ.get("RANK", "0") == "0" else []:
         print(f"left out: {line}", file=sys.stderr)
     if len({dataset.name for dataset in sets}) < len(sets):
         raise data.DataError("--datasets: two sets have the same name, and would overwrite each other's results")
@@ -367,9 +371,7 @@ def load_model(args, device):
         return None, None
     if args.method == "gcl":
         if not os.path.exists(args.checkpoint):
-            raise data.DataError(
-                f"--checkpoint {args.checkpoint}: no such file; train first (train.py), or give another"
-            )
+            raise data.DataError(f"--checkpoint {args.checkpoint}: no such file; train first, or give another")
         net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
     else:
         clip, _ = gcl.load_clip(args.model or "ViT-B-16-quickgelu", args.pretrained or "openai", device)
@@ -377,35 +379,60 @@ def load_model(args, device):
     return net, gcl.tokenizer_of(net.clip)
 
 
-def average(results):
-    """Mean of the sets' mIoU; None while one of them has none."""
-    values = [result["miou"] for result in results["datasets"].values()]
-    return None if None in values else round(float(np.mean(values)), 4)
+def totals(results, asked):
+    """Fills in the mean of the sets' mIoU, None while one has none; partial unless every asked set is there, whole."""
+    found = results["datasets"].values()
+    values = [result["miou"] for result in found]
+    results["average"] = None if None in values else round(float(np.mean(values)), 4)
+    results["partial"] = len(found) < asked or any(result["partial"] for result in found)
+
+
+def prepare(args):
+    """(sets, device, net, tokenizer): everything that can be checked before the long work is."""
+    read_templates(args.templates)
+    sets, device = read_sets(args), gcl.pick_device(args.device)
+    net, tokenizer = load_model(args, device)
+    for dataset in sets:
+        data.check_labels(dataset)
+        if args.predictions:
+            check_predictions(args, dataset)
+    return sets, device, net, tokenizer
+
+
+def prepare_together(args, rank, ranks):
+    """prepare on every rank. When it fails on one, all end: the first raises that error, the others are silent."""
+    try:
+        ready, error = prepare(args), None
+    except ERRORS as caught:
+        ready, error = None, data.DataError(str(caught))
+    errors = [error] * ranks
+    if ranks > 1:
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        raise next(filter(None, errors)) if rank == 0 else SystemExit(1)
+    return ready
 
 
 def main(args):
     """All sets of a parsed command line: checks first, then one set after the other, results.json after each."""
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    read_templates(args.templates)
-    sets = read_sets(args)
-    device = gcl.pick_device(args.device)
-    net, tokenizer = load_model(args, device)
-    for dataset in sets:
-        data.check_labels(dataset)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    results = {"average": None, "settings": settings_of(args, net), "datasets": {}}
+        dist.init_process_group("gloo")  # for one small matrix a set, on any device
+    sets, device, net, tokenizer = prepare_together(args, rank, ranks)
+    results = {"average": None, "partial": True, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
         result, pictures = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
         results["datasets"][dataset.name] = result
-        results["average"] = average(results)
+        totals(results, len(data.BENCHMARKS if args.all else sets))
         if rank == 0:  # after every set: a later one that fails loses nothing
             report.write_sheet(Path(args.out, f"{dataset.name}.png"), dataset, pictures)
             report.write_results(args.out, results)
-            print(f"{dataset.name}: mIoU {report.number(result['miou'])} over {result['images']} images", flush=True)
+            images = f"{'partial: ' if result['partial'] else ''}{len(dataset)} of {dataset.full} images"
+            print(f"{dataset.name}: mIoU {report.number(result['miou'])} ({images})", flush=True)
     if rank == 0:
-        print(f"{Path(args.out, 'results.md')}: average mIoU {report.number(results['average'])}")
-    if dist.is_initialized():
+        mark = " (partial)" if results["partial"] else ""
+        print(f"{Path(args.out, 'results.md')}: average mIoU {report.number(results['average'])}{mark}")
+    if ranks > 1:
         dist.destroy_process_group()
 
 
@@ -413,7 +440,6 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (data.DataError, gcl.CheckpointError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # what all ranks of a node find is said once
-            print(f"error: {error}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

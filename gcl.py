@@ -288,11 +288,14 @@ class GCL(nn.Module):
 
     def preserved_masks(self, v_d, t, size):
         """M_KP, the knowledge preservation branch: CLIP's own dense features, head, w = 10, b = -2.5. [B, K, *size]."""
-        visual = self.clip.visual
-        v = visual.ln_post(v_d.permute(0, 2, 3, 1).to(visual.proj.dtype)) @ visual.proj  # [B, H, W, C]
-        cosine = torch.einsum("bhwc,kc->bkhw", normalize(full(v)), t)  # [B, K, H, W]
-        mask = torch.sigmoid(10.0 * (cosine - 0.25))  # Paper silent: the start values of w and b, as the release
+        mask = frozen_mask(self.frozen_cosine(v_d, t))  # [B, K, H, W]
         return F.interpolate(mask, size=size, mode="bilinear", align_corners=False)  # [B, K, *size]
+
+    def frozen_cosine(self, v, t):
+        """Cosines of texts and dense features v [B, D, H, W] through CLIP's own head. Returns [B, K, H, W] float32."""
+        visual = self.clip.visual
+        v = visual.ln_post(v.permute(0, 2, 3, 1).to(visual.proj.dtype)) @ visual.proj  # [B, H, W, C]
+        return torch.einsum("bhwc,kc->bkhw", normalize(full(v)), t)  # [B, K, H, W]
 
     @torch.no_grad()
     def segment(self, images, text, refine=None, kp_weight=0.3):
@@ -315,15 +318,23 @@ class GCL(nn.Module):
             return to_pixels(mask, padded, images.shape[-2:], left, top)
 
     @torch.no_grad()
-    def segment_maskclip(self, images, text, refine=None):
-        """MaskCLIP-dagger of Table 1: the frozen dense features alone, same masks; arguments as in segment."""
+    def segment_clip(self, images, text, method="maskclip", refine=None):
+        """Masks of the frozen CLIP alone, its last block under one of METHODS; the other arguments as in segment.
+
+        "maskclip" is MaskCLIP-dagger of Table 1, "maskclip-refined" its MaskCLIP. Masks are made, refined and resized
+        as those of the knowledge preservation branch. ValueError for an unknown method.
+        """
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         padded, (left, top) = pad_to_patch(images, self.patch)
         grid = self.patch_grid(padded)
-        v_d = self.dense_features(self.trunk(padded), grid)  # [B, D, H, W]
+        v, keys = last_block(self.clip.visual.transformer.resblocks[-1], self.trunk(padded), grid, method)
         with torch.autocast(images.device.type, enabled=False):
-            mask = self.preserved_masks(v_d, text, (4 * grid[0], 4 * grid[1]))  # [B, K, 4H, 4W], the adapter's grid
-            mask = refine_at_mask_size(refine, padded, mask)
-            return to_pixels(mask, padded, images.shape[-2:], left, top)
+            cosine = self.frozen_cosine(v, text)  # [B, K, H, W]
+            mask = maskclip_refined(cosine, full(keys)) if method == "maskclip-refined" else frozen_mask(cosine)
+            size = 4 * grid[0], 4 * grid[1]  # the adapter's grid, so that PAMR sees the same pixels
+            mask = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)  # [B, K, 4H, 4W]
+            return to_pixels(refine_at_mask_size(refine, padded, mask), padded, images.shape[-2:], left, top)
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -345,6 +356,63 @@ class GCL(nn.Module):
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+# ---- CLIP alone: other last blocks (evaluate.py --method) -----------------------------------------------------------
+
+attend = F.scaled_dot_product_attention  # softmax(s q k^T + bias) v of each head, s = (head width)^-1/2; CLS included
+METHODS = {  # attention(q, k, v, grid) of the last block, each [B, heads, 1 + L, D / heads]; are residual and MLP kept
+    "clip": (lambda q, k, v, grid: attend(q, k, v), True),  # the ordinary block
+    "maskclip": (lambda q, k, v, grid: v, True),  # Zhou et al. 2022, without its refinements
+    "maskclip-refined": (lambda q, k, v, grid: v, True),  # and with them: maskclip_refined
+    "sclip": (lambda q, k, v, grid: attend(q, q, v) + attend(k, k, v), True),  # Wang et al. 2024; rows add to 2
+    "clearclip": (lambda q, k, v, grid: attend(q, q, v), False),  # Lan et al. 2024
+    "naclip": (lambda q, k, v, grid: attend(k, k, v, nearness(grid).to(k)), False),  # Hajimiri et al. 2025
+}
+
+
+def nearness(grid, sigma=5.0):
+    """NACLIP's omega: exp(-|p_i - p_j|^2 / 2 sigma^2) of patches at p_i, p_j, 0 for CLS. grid: (H, W). [1+L, 1+L]."""
+    places = (torch.arange(n) for n in grid)
+    rows, columns = (torch.exp(-((p[:, None] - p) ** 2) / (2 * sigma**2)) for p in places)  # [H, H], [W, W]
+    return F.pad(torch.kron(rows, columns), (1, 0, 1, 0))  # the exponential of a sum over y and x is a product
+
+
+def last_block(block, tokens, grid, method):
+    """CLIP's last block under one of METHODS. tokens: [B, 1 + L, D]. Returns [B, D, H, W], and its keys [B, L, D]."""
+    attention, whole = METHODS[method]
+    attn = block.attn
+    qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)  # [B, 1+L, 3D]
+    q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, 1+L, D/heads]
+    x = attn.out_proj(attention(q, k, v, grid)[:, :, 1:].transpose(1, 2).flatten(2))  # [B, L, D]
+    if whole:
+        x = tokens[:, 1:] + block.ls_1(x)
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x.transpose(1, 2).unflatten(2, grid), k[:, :, 1:].transpose(1, 2).flatten(2)
+
+
+def frozen_mask(cosine):
+    """Masks of CLIP's own cosines. Paper silent: w and b of this branch; their start values, as the release."""
+    return torch.sigmoid(10.0 * (cosine - 0.25))
+
+
+def maskclip_refined(cosine, keys):
+    """Masks [B, K, H, W] after MaskCLIP's prompt denoising and key smoothing. cosine: [B, K, H, W], keys: [B, L, D].
+
+    Paper silent: both run inside each window, as PAMR does. A class whose p stays below 0.5 there gets the mask 0 and
+    leaves the softmax (none does where all would); cosines of keys below 0 weigh nothing, so that a mean stays one.
+    Smoothing decides between classes alone: the best class of the smoothed p takes the highest mask value of its
+    pixel, the others their share, so the background channel meets the same scale of values as for every method.
+    """
+    flat = cosine.flatten(2)  # [B, K, L]
+    seen = (100.0 * flat).softmax(1).amax(2, keepdim=True) >= 0.5  # [B, K, 1]
+    kept = seen | ~seen.any(1, keepdim=True)
+    p = (100.0 * flat).masked_fill(~kept, -math.inf).softmax(1)  # [B, K, L]
+    k = normalize(keys)
+    weight = (k @ k.mT).clamp(min=0)  # [B, L, L], symmetric
+    p = p @ (weight / weight.sum(1, keepdim=True))  # [B, K, L], mean of p_j
+    best = (frozen_mask(flat) * kept).amax(1, keepdim=True)  # [B, 1, L]
+    return (best * p / p.amax(1, keepdim=True)).unflatten(2, cosine.shape[2:])
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------------

@@ -548,7 +548,7 @@ def test_knowledge_preservation_mixes_clips_masks_in_after_refinement(tmp_path):
         assert_close(net.segment(images, t, refine=refine, kp_weight=weight), expected)
     assert_close(net.segment(images, t), net.segment(images, t, kp_weight=0.3), rtol=0, atol=0)
     maskclip = F.interpolate(kept, (14, 21), mode="bilinear", align_corners=False)
-    assert_close(net.segment_maskclip(images, t), maskclip)
+    assert_close(net.segment_clip(images, t), maskclip)
 
 
 def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
@@ -556,7 +556,7 @@ def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
     padded = F.pad(images, (0, 1, 0, 1))
     small = F.interpolate(padded, (8, 12), mode="bilinear", align_corners=True)
     t = F.normalize(torch.randn(3, 20), dim=-1)
-    for segment in (net.segment, net.segment_maskclip):
+    for segment in (net.segment, net.segment_clip):
         segment(images, t, refine=lambda image, mask: seen.append((image, mask.shape)) or mask)
         assert_close(seen[-1][0], small, rtol=1e-6, atol=1e-6)
         assert seen[-1][1] == (2, 3, 8, 12)
@@ -565,7 +565,7 @@ def test_refinement_sees_the_image_at_the_masks_own_resolution(tmp_path):
 @pytest.mark.parametrize("size", [(61, 83), (35, 35), (36, 34), (5, 90), (1, 1)])
 def test_masks_have_the_images_own_size(tmp_path, size):
     net, t = make_net(tmp_path), F.normalize(torch.randn(2, 20), dim=-1)
-    for segment in (net.segment, net.segment_maskclip):
+    for segment in (net.segment, net.segment_clip):
         masks = segment(torch.randn(1, 3, *size), t)
         assert masks.shape == (1, 2, *size) and masks.dtype == torch.float32
         assert 0 <= masks.min() and masks.max() <= 1
@@ -709,7 +709,7 @@ def test_autocast_keeps_masks_pooling_and_losses_in_float32(tmp_path, monkeypatc
 def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
     net, images, seen = make_net(tmp_path, "release"), torch.randn(1, 3, 21, 28), []
     t = F.normalize(torch.randn(4, 20), dim=-1)
-    for segment in (net.segment, net.segment_maskclip):
+    for segment in (net.segment, net.segment_clip):
         full = segment(images, t)
         with torch.autocast("cpu", torch.bfloat16):
             half = segment(images, t, refine=lambda image, mask: seen.append({image.dtype, mask.dtype}) or mask)
