@@ -335,8 +335,7 @@ def read_sets(args):
         try:
             sets.append(data.read_set(name, args.data_root))
         except data.DataError as error:
-            named = name not in data.BENCHMARKS or str(error).startswith(name)
-            missing.append(str(error) if named else f"{name}: {error}")
+            missing.append(str(error))
     if missing and not (args.available and sets):
         head = [f"{len(missing)} of {len(names)} sets cannot be read:"] if len(names) > 1 else []
         raise data.DataError("\n       ".join(head + missing))
