@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, golden
+from conftest import GOLDEN, golden, run_ranks
 from PIL import Image
 from tiny import check_refused, make_clip, make_set, make_shards, run
 
@@ -47,6 +47,25 @@ def test_windows_cover_every_pixel_and_never_leave_the_image():
             assert 0 <= y1 < y2 <= height and 0 <= x1 < x2 <= width and y2 - y1 == min(448, height)
             seen[y1:y2, x1:x2] += 1
         assert seen.min() >= 1
+
+
+def test_windows_are_those_of_a_walk_from_the_left():
+    """One window after the other until the border is reached; the last is pushed back inside."""
+
+    def walk(length, size, stride):
+        start, spans = 0, []
+        while True:
+            end = min(start + size, length)
+            spans.append((max(end - size, 0), end))
+            if end == length:
+                return spans
+            start += stride
+
+    rng = np.random.default_rng(0)
+    for height, width, size in rng.integers(1, 90, (200, 3)).tolist():
+        stride = int(rng.integers(1, size + 1))
+        walked = [(*y, *x) for y in walk(height, size, stride) for x in walk(width, size, stride)]
+        assert evaluate.windows(height, width, size, stride) == walked
 
 
 def test_the_shorter_side_is_448_and_the_longer_at_most_2048():
@@ -181,6 +200,7 @@ def test_an_evaluation_writes_results_pictures_and_predictions(world, maskclip):
     assert plain["images"] == 5 and list(plain["iou"]) == ["cat", "dog", "tree"] and plain["partial_miou"] is None
     assert "sweep" not in plain and len(objects["sweep"]) == 19 and objects["sweep"]["0.50"] == objects["miou"]
     assert results["settings"]["unified_protocol"] is False
+    assert results["partial"] is plain["partial"] is objects["partial"] is False
     assert results["settings"]["clip"]["model"] == world["clip"][1]
     text = (maskclip / "results.md").read_text()
     assert "Outside the unified protocol" in text and f"{plain['miou']:.1f}" in text
@@ -212,6 +232,136 @@ def test_predictions_can_be_scored_again_without_a_model(world, maskclip, tmp_pa
     first, second = (json.loads((d / "results.json").read_text())["datasets"] for d in (maskclip, tmp_path))
     for name in first:
         assert first[name]["iou"] == second[name]["iou"] and first[name]["miou"] == second[name]["miou"]
+
+
+def matrices_of(rank, spec, predictions, clip, ranks):
+    """The confusion matrices that a rank holds before and after the ranks meet."""
+    found, evaluate_summary, seen = data.read_spec(spec), evaluate.summary, []
+    found.full = len(found)
+    arguments = ["--datasets", spec, "--workers", "0", "--no-pamr", *map(str, SMALL)]
+    arguments += ["--predictions", predictions] if predictions else ["--method", "sclip", "--sweep-threshold"]
+    args = evaluate.parse_args(arguments)
+    net = None if predictions else gcl.GCL(gcl.load_clip(*clip)[0]).eval()
+    tokenizer = net and gcl.tokenizer_of(net.clip)
+    evaluate.summary = lambda dataset, matrices, *rest: (
+        seen.append(matrices) or evaluate_summary(dataset, matrices, *rest)
+    )
+    try:
+        evaluate.evaluate_set(found, net, tokenizer, args, torch.device("cpu"), rank, ranks)
+    finally:
+        evaluate.summary = evaluate_summary
+    return seen[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_confusion_matrix_is_the_same_to_the_bit(world, tmp_path, ranks):
+    """Two images: on three processes one has none. With the masks of a model, and all thresholds."""
+    spec = make_set(tmp_path / "two", n=2, background=True)
+    clip = world["clip"][1::2]
+    one = matrices_of(0, spec, None, clip, 1)
+    assert one.dtype == torch.int64 and one.shape == (20, 4, 4)
+    assert one.sum((1, 2)).tolist() == [40 * 30 + 32 * 46] * 20  # every pixel that is not ignored, once
+    assert len({tuple(m.flatten().tolist()) for m in one}) > 3  # the sweep changes something
+    for many in run_ranks(matrices_of, spec, None, clip, ranks, ranks=ranks):
+        assert many.dtype == torch.int64 and torch.equal(many, one)
+
+
+def test_the_failure_of_one_rank_is_said_once_and_ends_all(world, tmp_path):
+    """Image 3 is cut off behind its header, so that rank 1 alone finds it; the run stops long before any timeout."""
+    spec = make_set(tmp_path / "cut", n=4)
+    image = tmp_path / "cut/images/3.png"
+    image.write_bytes(image.read_bytes()[:200])
+    options = ("--method", "maskclip", *world["clip"], *SMALL, "--no-pamr", "--out", tmp_path / "out")
+    result = run("evaluate.py", "--datasets", spec, *options, "--device", "cpu", ranks=2)
+    assert result.returncode == 1
+    named = [line for line in result.stderr.splitlines() if "images/3.png: not an image that can be read" in line]
+    assert len(named) == 1 and "error: /" in named[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", ["images/1.png", "labels/1.png"])
+def test_what_cannot_be_read_is_named_and_stops_the_run(world, tmp_path, broken):
+    spec = make_set(tmp_path / "cut", n=2)
+    file = tmp_path / "cut" / broken
+    file.write_bytes(file.read_bytes()[:80])
+    arguments = ["--datasets", spec, "--method", "maskclip", *world["clip"], *map(str, SMALL), "--no-pamr"]
+    with pytest.raises(data.DataError, match=f"{broken}: not a.* that can be read"):
+        evaluate.main(evaluate.parse_args([*arguments, "--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "words"),
+    [
+        (np.zeros((32, 41), np.uint8), r"0.png: the prediction is \(32, 41\), the label \(32, 40\)"),
+        (np.full((32, 40), 3, np.uint8), "0.png: label value 3 is outside the class list"),
+        (np.full((32, 40), 255, np.uint8), "0.png: label value 255 is outside the class list"),
+        (np.zeros((32, 40, 3), np.uint8), "0.png: stored as RGB"),
+        (None, r"0.png: this prediction is missing \(1 of 1 are\)"),
+    ],
+)
+def test_a_prediction_that_does_not_fit_is_named(tmp_path, prediction, words):
+    spec = make_set(tmp_path / "plain", n=1)
+    (tmp_path / "plain/predictions/plain").mkdir(parents=True)
+    if prediction is not None:
+        Image.fromarray(prediction).save(tmp_path / "plain/predictions/plain/0.png")
+    arguments = ["--datasets", spec, "--predictions", str(tmp_path / "plain/predictions"), "--workers", "0"]
+    with pytest.raises(data.DataError, match=words):
+        evaluate.main(evaluate.parse_args([*arguments, "--out", str(tmp_path / "out")]))
+
+
+def make_cityscapes(root, n=3):
+    """A few images in the layout of the download, whose ids are city/name."""
+    rng = np.random.default_rng(5)
+    for k in range(n):
+        image = root / f"cityscapes/leftImg8bit/val/ulm/ulm_{k}.v1_leftImg8bit.png"
+        label = root / f"cityscapes/gtFine/val/ulm/ulm_{k}.v1_gtFine_labelIds.png"
+        for path, shape, high in ((image, (32, 64, 3), 256), (label, (32, 64), 34)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, high, shape, dtype=np.uint8)).save(path)
+
+
+def test_a_partial_benchmark_is_marked_everywhere_and_scored_again_the_same(world, tmp_path, capsys, monkeypatch):
+    """Three images of Cityscapes alone under --all --available; saved and scored with every way to a model shut."""
+    make_cityscapes(tmp_path / "data")
+    common = ["--all", "--available", "--data-root", str(tmp_path / "data"), "--workers", "0"]
+    first = ["--method", "clearclip", *world["clip"], *map(str, SMALL), "--no-pamr", "--save-predictions"]
+    evaluate.main(evaluate.parse_args([*common, *first, "--out", str(tmp_path / "first")]))
+    said = capsys.readouterr()
+    assert "(partial: 3 of 500 images)" in said.out and said.out.strip().endswith("(partial)")
+    assert said.err.count("left out: ") == 7
+    for name in ("load_clip", "load", "GCL"):
+        monkeypatch.setattr(gcl, name, None)
+    again = ["--predictions", str(tmp_path / "first/predictions"), "--out", str(tmp_path / "again")]
+    evaluate.main(evaluate.parse_args(common + again))
+    one, two = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("first", "again"))
+    assert one["partial"] is two["partial"] is one["datasets"]["cityscapes"]["partial"] is True
+    assert one["average"] == two["average"] and one["average"] > 0
+    a, b = (r["datasets"]["cityscapes"] | {"seconds": 0} for r in (one, two))
+    assert a == b and a["images"] == 3 and a["full"] == 500
+    assert (tmp_path / "first/predictions/cityscapes/ulm/ulm_1.v1.png").is_file()
+
+
+def test_the_average_is_whole_only_when_every_set_is():
+    whole, part = {"miou": 50.0, "partial": False}, {"miou": 20.0, "partial": True}
+    for found, asked, average, partial in (
+        ([whole, whole], 2, 50.0, False),
+        ([whole, part], 2, 35.0, True),
+        ([whole], 8, 50.0, True),
+        ([whole, whole | {"miou": None}], 2, None, False),
+    ):
+        results = {"datasets": dict(enumerate(found))}
+        evaluate.totals(results, asked)
+        assert (results["average"], results["partial"]) == (average, partial)
+
+
+def test_templates_may_come_from_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a {} at sea.\n\n  one {}.  \n")
+    assert evaluate.read_templates(str(file)) == ["a {} at sea.", "one {}."]
+    for wrong in ("no name here\n", "", "{} and {}\n"):
+        file.write_text(wrong)
+        with pytest.raises(data.DataError, match="needs one prompt per line"):
+            evaluate.read_templates(str(file))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -249,6 +399,9 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out/results.json").read_text())["datasets"]["objects"]["images"] == 2
+    entry = json.loads((tmp_path / "out/results.json").read_text())
+    assert entry["partial"] is entry["datasets"]["objects"]["partial"] is True
+    assert "(partial: 2 of 4 images)" in result.stdout and "(partial)" in result.stdout
     assert "**Partial**: only some of the images of objects" in (tmp_path / "out/results.md").read_text()
 
 
@@ -256,6 +409,7 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path):
     ("args", "words"),
     [
         (["--datasets", "voc", "--predictions", "x", "--sweep-threshold"], "need a model's masks"),
+        (["--datasets", "voc", "--predictions", "x", "--save-predictions"], "need a model's masks"),
         (["--datasets", "voc", "--method", "maskclip", "--stride", "0"], "must be positive"),
         (["--datasets", "voc", "--limit", "0"], "must be positive"),
         (["--datasets", "voc", "--kp-weight", "2"], "--kp-weight between 0 and 1"),
@@ -299,6 +453,8 @@ def test_all_lists_every_missing_benchmark_at_once(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for needle in ("VOC2012", "VOC2010", "coco_stuff164k", "cityscapes", "ADEChallengeData2016"):
         assert needle in result.stderr
+    lines = result.stderr.strip().splitlines()[-9:]  # one message: a head, then a line for each benchmark
+    assert lines[0] == "error: 8 of 8 sets cannot be read:" and all(line.startswith("       ") for line in lines[1:])
 
 
 def test_a_checkpoint_of_another_clip_is_named(world, tmp_path):
