@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The toy world: what it draws is what it labels and says, and it calls the programs that real data uses."""
 
+import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -128,3 +130,83 @@ def test_the_toy_clip_is_one_that_gcl_loads(tmp_path):
     images = torch.randn(2, 3, 48, 48)
     losses = gcl.GCL(clip)(images, tokenizer(["a kite", "an apple and a bee"]))
     assert all(value.isfinite() for value in losses.values())
+
+
+# ---- --explain ----
+
+
+@pytest.fixture(scope="module")
+def explained(world):
+    """(OUT, net) of a stand-in for the trained toy: the small world, a random CLIP, an adapter with open gates."""
+    out = world[0].parent
+    toy.write_json(out / "clip/toy-clip.json", toy.CONFIG)
+    torch.manual_seed(1)
+    clip, _ = gcl.load_clip(str(out / "clip/toy-clip.json"), None)
+    torch.save(clip.state_dict(), out / "clip/toy-clip.pt")
+    net = gcl.GCL(gcl.load_clip(*map(str, toy.clip_of(out)[1::2]))[0])
+    for name, parameter in net.adapter.named_parameters():
+        parameter.data += 0.5 * name.endswith("gate")
+    (out / "gcl").mkdir()
+    net.save(out / "gcl/last.pt")
+    return out, net
+
+
+def test_the_story_tells_the_step_that_training_takes(explained):
+    """Its matrices give the losses of the model's own forward pass, its masks are those that the losses see."""
+    out, net = explained
+    images, texts = toy.story_pairs(out / "data/train-000.tar", 4)
+    tokens = gcl.tokenizer_of(net.clip)(texts)
+    noise = torch.rand(4, 1, 24, 24)
+    step = toy.one_step(net, toy.normalised(np.stack(images)), tokens, noise)
+    scale, losses = 1 / 0.07, step["losses"]
+    for matrix, name in (("s_m", "gcl_v"), ("s_f", "gcl_f")):
+        rows = torch.log_softmax(scale * step[matrix], 1).diagonal().mean()
+        columns = torch.log_softmax(scale * step[matrix], 0).diagonal().mean()
+        assert losses[name].item() == pytest.approx(-(rows + columns).item() / 2, abs=1e-5)
+    areas = step["mask"].mean((2, 3)).diagonal()
+    assert losses["area_pos"].item() == pytest.approx(abs(0.4 - areas.mean().item()), abs=1e-6)
+    own = step["mask"][torch.arange(4), torch.arange(4)]  # a place is in where the noise is below the mask's odds
+    assert torch.equal(step["sample"][:, 0] > 0.5, own > 1 - noise[:, 0])
+    assert not step["masked"][
+        step["sample"].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1) < 0.5
+    ].any()
+
+
+def test_the_pairs_of_the_story_name_one_object_each(explained):
+    images, texts = toy.story_pairs(explained[0] / "data/train-000.tar")
+    named = [[name for name in toy.CLASSES if name in text] for text in texts]
+    assert len(images) == len(texts) >= 4 and all(len(names) == 1 and names[0] in toy.OBJECTS for names in named)
+    assert len({names[0] for names in named}) == len(texts)
+
+
+def test_explain_draws_every_step_with_its_equation(explained, monkeypatch):
+    """The page holds the cells that it says it does, and the equations (2) to (12) in its titles."""
+    out, _ = explained
+    said, drawn = [], []
+    text, paste = toy.ImageDraw.ImageDraw.text, toy.draw_cell
+    monkeypatch.setattr(toy.ImageDraw.ImageDraw, "text", lambda pen, xy, words, *a, **k: said.append(words) or text(
+        pen, xy, words, *a, **k))  # fmt: skip
+    monkeypatch.setattr(toy, "draw_cell", lambda page, x, y, cell, side: drawn.append((x, y, cell)) or paste(
+        page, x, y, cell, side))  # fmt: skip
+    toy.explain(out)
+    titles = [words for words in said if words[:2] in {f"{k}." for k in range(1, 10)} and "Eq." in words]
+    assert sorted({int(n) for title in titles for n in re.findall(r"\((\d+)\)", title)}) == list(range(2, 13))
+    assert len(drawn) == 9 * 2 - 1
+    page = np.array(Image.open(out / "explain.png"))
+    for x, y, cell in drawn:
+        if isinstance(cell, np.ndarray) and cell.dtype == np.uint8:
+            shown = page[y + 125, x : x + 250][[2, 130, 247]]  # the middle row of the cell
+            row = cell[len(cell) // 2][[0, int(130.5 * len(cell) / 250), -1]]
+            assert np.array_equal(shown, row if cell.ndim == 3 else row[:, None].repeat(3, 1))
+    words = " ".join(said)
+    assert "before" in words and "sum" in words and "a " in words and len(page) > 1000
+
+
+def test_explain_runs_the_toy_only_where_it_is_missing(explained, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(toy, "main", lambda args: calls.append("toy"))
+    monkeypatch.setattr(toy, "explain", lambda out: calls.append("story"))
+    for out in (explained[0], tmp_path):
+        toy.run(argparse.Namespace(out=out, explain=True))
+    toy.run(argparse.Namespace(out=explained[0], explain=False))
+    assert calls == ["story", "toy", "story", "toy"]
