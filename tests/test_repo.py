@@ -2,6 +2,8 @@
 """The shape of the project: what a file may import, where the equations stand, that the README's commands exist."""
 
 import ast
+import doctest
+import importlib
 import re
 import shutil
 import subprocess
@@ -58,13 +60,33 @@ def test_files_open_with_their_license_and_a_docstring():
     assert "MIT License" in (ROOT / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("names", [["ops"], ["adapter"], ["pamr"], ["gcl", "ops", "adapter"]])
-def test_copied_alone_a_file_imports_and_runs(tmp_path, names):
-    for name in names:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    program = f"import {names[0]}, doctest; print(doctest.testmod({names[0]}))"
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+COPIES = {"ops": [], "adapter": [], "pamr": [], "gcl": ["ops", "adapter"]}  # file: what it needs beside it
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copied_alone_a_file_imports_and_runs(tmp_path, name):
+    """In a fresh process (-I: no PYTHONPATH, no working folder) that sees the packages and the copies alone."""
+    names = [name, *COPIES[name]]
+    for each in names:
+        shutil.copy(ROOT / f"{each}.py", tmp_path)
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import doctest, {name}
+own = {{m for m in {sorted(OWN)!r} if m in sys.modules}}
+assert own == set({names!r}) and all(sys.modules[m].__file__.startswith({str(tmp_path)!r}) for m in own), own
+print(doctest.testmod({name}))
+"""
+    command = [sys.executable, "-I", "-c", program]
+    result = subprocess.run(command, cwd=tmp_path.parent, capture_output=True, text=True)
     assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", result.stdout), result.stderr + result.stdout
+
+
+def test_every_file_with_a_docstring_example_has_it_run():
+    with_example = {path.stem for path in CODE if re.search(r"^\s*>>> ", path.read_text(), re.MULTILINE)}
+    assert with_example >= set(COPIES)
+    for name in with_example - set(COPIES):
+        assert doctest.testmod(importlib.import_module(name)).failed == 0, name
 
 
 def test_importing_does_nothing(tmp_path):
