@@ -207,6 +207,15 @@ def test_colours_stay_apart_for_every_eye():
         assert smallest_distance(lab_of_pillow(without_green_cones(seen))) > least * 0.6, n
 
 
+def test_our_green_blind_eye_sees_what_another_simulation_says():
+    colours = segment.palette(40)
+    other = segment.seen(without_green_cones(colours))[0]
+    normal, red_blind, green_blind = (np.linalg.norm(lab - other, axis=-1).mean() for lab in segment.seen(colours))
+    assert green_blind < 10 < red_blind < 20 < normal
+    for n, least in ((20, 12), (40, 8)):  # chosen for normal eyes alone, the least distances would be 5 and 2
+        assert smallest_distance(segment.seen(without_green_cones(segment.palette(n)))[0]) > least
+
+
 def test_our_colour_space_is_cielab():
     """The published values of the corners of sRGB (D65, 2 degrees)."""
     corners = [(255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
