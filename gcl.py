@@ -28,12 +28,14 @@ import sys
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ops
 from adapter import Adapter
@@ -91,6 +93,19 @@ def total_loss(losses, weights=None):
 def full(x):
     """x in float32 at least: what autocast left in half precision is raised before norms, masks and losses."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_slices(function, size, inputs, dim=0):
+    """function(*inputs) -> dict of tensors, on slices of `size` rows of the inputs, its results joined along dim.
+
+    With more than one slice the activations of each are dropped and computed again in the backward pass, so that only
+    one slice's are held. Nothing in function may draw random numbers.
+    """
+    if len(inputs[0]) <= size:
+        return function(*inputs)
+    slices = zip(*(x.split(size) for x in inputs), strict=True)
+    parts = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in slices]
+    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
 class Head(nn.Module):
@@ -218,60 +233,77 @@ class GCL(nn.Module):
 
     # ---- training: Figure 3, line by line -------------------------------------------------------------------------
 
-    def forward(self, images, tokens, noise=None):
+    def forward(self, images, tokens, noise=None, micro_batch=None):
         """Unweighted loss terms of this rank's B pairs within the global batch of N.
 
         images: [B, 3, h, w] normalised, sides multiples of the patch. tokens: [B, context]. noise: uniform in (0, 1),
-        [B, 1, 4H, 4W] (drawn when None). Returns a dict of scalars: gcl_v, gcl_f, cl (those asked for), area_pos,
-        area_neg, tv_mask, tv_dense. Masks, pooling and InfoNCE are computed in float32 under autocast too.
+        [B, 1, 4H, 4W] (drawn when None). micro_batch: images at a time, to bound memory; the same result. Returns a
+        dict of scalars: gcl_v, gcl_f, cl (those asked for), area_pos, area_neg, tv_mask, tv_dense. Masks, pooling and
+        InfoNCE are computed in float32 under autocast too. mask_areas then holds the mean areas (positive, negative).
         """
-        grid = self.patch_grid(images)
-        t = ops.gather(self.encode_text(tokens))  # [N, C]
+        size, (height, width) = micro_batch or len(images), self.patch_grid(images)
+        own = self.encode_text(tokens)  # [B, C]
+        t = ops.gather(own)  # [N, C]
+        if noise is None:  # before the slices, so that what is computed again has the same
+            noise = torch.rand(len(images), 1, 4 * height, 4 * width, device=images.device)
         with torch.no_grad():
-            x = self.trunk(images)  # [B, 1+L, D]
-        v_d = self.dense_features(x, grid, self.block)  # [B, D, H, W]
-        v_s = self.dense_embedding(v_d)  # [B, C, H, W]
+            x = torch.cat([self.trunk(part) for part in images.split(size)])  # [B, 1+L, D]
+        rows = in_slices(partial(self.pair_rows, t), size, (images, x, own, noise))
+        terms = {}  # Eq. (2): gcl_v and gcl_f bound I(masked image; text), of pixels and of features
+        with torch.autocast(images.device.type, enabled=False):
+            if "gcl_v" in self.losses:
+                terms["gcl_v"] = ops.info_nce(rows["s_m"], self.log_scale["gcl_v"])  # Eq. (6)
+            if "gcl_f" in self.losses:
+                terms["gcl_f"] = ops.info_nce(rows["s_f"], self.log_scale["gcl_f"])  # Eq. (9)
+            if "cl" in self.losses:
+                terms["cl"] = ops.info_nce(rows["s"], self.log_scale["cl"])  # Eq. (1): InfoNCE bounds I(image; text)
+            terms["area_pos"], terms["area_neg"] = ops.area_prior(rows["areas"], self.p_pos)
+            terms["tv_mask"], terms["tv_dense"] = rows["tv_mask"].mean(), rows["tv_dense"].mean()
+            self.mask_areas = ops.pair_areas(rows["areas"].detach())  # [2], of this rank, for the log
+        return terms
+
+    def pair_rows(self, t, images, x, own, noise):
+        """What the losses need of b images against all N texts, small: a dict of rows [b, N] and [b, C].
+
+        t: [N, C]. images: [b, 3, h, w]. x: [b, 1+L, D] from trunk. own: [b, C], each image's own text. noise as in
+        forward. s_m, s_f and s are the similarities S of the image-level, feature-level and plain contrastive losses.
+        """
+        v_d = self.dense_features(x, self.patch_grid(images), self.block)  # [b, D, H, W]
+        v_s = self.dense_embedding(v_d)  # [b, C, H, W]
         with torch.autocast(images.device.type, enabled=False):
             v_s = full(v_s)
             v_n = normalize(v_s, dim=1)
-            logits = self.mask_logits(v_n, t)  # [B, N, H, W]
-            mask = torch.sigmoid(logits)
             dense = v_n if self.recipe.normalize_dense else v_s
-            terms = {}  # Eq. (2): gcl_v and gcl_f bound I(masked image; text), of pixels and of features
-            if "gcl_f" in self.losses:
-                terms["gcl_f"] = self._loss_feature(dense, mask, t)
-            if "cl" in self.losses:
-                terms["cl"] = self._loss_plain(dense, t)
-            terms["area_pos"], terms["area_neg"] = ops.area_prior(mask, self.p_pos)
-            terms["tv_mask"], terms["tv_dense"] = ops.total_variation(mask), ops.total_variation(dense)
+            # Masks of C texts at a time: never larger than the dense embedding, which is held anyhow.
+            rows = in_slices(partial(self.mask_rows, v_n, dense), t.shape[1], (t,), dim=1)
+            rows["tv_dense"] = ops.total_variation(dense)  # [b, C]
+            if "cl" in self.losses:  # row CL of Table 2a: a mask of ones
+                rows["s"] = normalize(dense.mean((2, 3))) @ t.T  # [b, N]
+            pos = self.mask_logits(v_n, own.unsqueeze(1))  # [b, 1, H, W]
         if "gcl_v" in self.losses:
-            terms["gcl_v"] = self._loss_image(images, logits, t, noise)
-        return terms
+            v_g = self.masked_embedding(images, pos, noise)  # [b, C]
+            with torch.autocast(images.device.type, enabled=False):
+                rows["s_m"] = v_g @ t.T  # [b, N]
+        return rows
 
-    def _loss_image(self, images, logits, t, noise):
-        """Image-level GCL: the image under its own text's binary mask, through the frozen CLIP."""
-        targets = ops.positives(logits)
-        pos = logits[torch.arange(len(targets), device=logits.device), targets].unsqueeze(1)  # [B, 1, H, W]
-        noise = torch.rand_like(pos) if noise is None else noise
-        pos_mask_b = ops.gumbel_sigmoid(pos, noise)  # [B, 1, H, W]
-        pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")  # [B, 1, h, w]
-        v_g = self.global_embedding(pos_mask_b * images)  # [B, C]
-        with torch.autocast(images.device.type, enabled=False):
-            return ops.info_nce(v_g @ t.T, self.log_scale["gcl_v"])  # Eq. (6), S_m [B, N]
+    def mask_rows(self, v_n, dense, t):
+        """Similarity s_f, area and total variation of the masks of n texts t [n, C], each [b, n].
 
-    def _loss_feature(self, dense, mask, t):
-        """Feature-level GCL: S_f[i, j] is the cosine of t_j and image i pooled over the mask of text j.
-
-        Fig. 3 line 21 writes "ijc,ic", which is not the text's t_j; the text is right, and the release has it.
+        S_f[i, j] is the cosine of t_j and image i pooled over the mask of text j. Fig. 3 line 21 writes "ijc,ic", which
+        is not the text's t_j; the text is right, and the release has it.
         """
-        v_f = normalize(ops.masked_pool(dense, mask))  # [B, N, C]
-        s_f = torch.einsum("bnc,nc->bn", v_f, t)  # [B, N]
-        return ops.info_nce(s_f, self.log_scale["gcl_f"])  # Eq. (9)
+        mask = torch.sigmoid(self.mask_logits(v_n, t))  # [b, n, H, W]
+        rows = {"areas": mask.mean((2, 3)), "tv_mask": ops.total_variation(mask)}
+        if "gcl_f" in self.losses:
+            v_f = normalize(ops.masked_pool(dense, mask))  # [b, n, C]
+            rows["s_f"] = torch.einsum("bnc,nc->bn", v_f, t)  # [b, n]
+        return rows
 
-    def _loss_plain(self, dense, t):
-        """Plain contrastive learning, row CL of Table 2a: the same with a mask of ones."""
-        pooled = normalize(dense.mean((2, 3)))  # [B, C]
-        return ops.info_nce(pooled @ t.T, self.log_scale["cl"])  # Eq. (1): InfoNCE bounds I(image; text)
+    def masked_embedding(self, images, pos, noise):
+        """Global embedding of the images under their own texts' binary masks, by the frozen CLIP. Returns [b, C]."""
+        pos_mask_b = ops.gumbel_sigmoid(pos, noise)  # [b, 1, H, W]
+        pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")  # [b, 1, h, w]
+        return self.global_embedding(pos_mask_b * images)
 
     def patch_grid(self, images):
         """(H, W) in patches; ValueError when a side is not a multiple of the patch (segment pads, forward does not)."""
@@ -281,8 +313,9 @@ class GCL(nn.Module):
         return height // self.patch, width // self.patch
 
     def mask_logits(self, v_n, t):
-        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C], both L2-normalised."""
-        return self.w * torch.einsum("bchw,nc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
+        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C] or [B, N, C], L2-normalised."""
+        t = t.expand(len(v_n), -1, -1)  # [B, N, C]
+        return self.w * torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
 
     # ---- inference ------------------------------------------------------------------------------------------------
 

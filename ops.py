@@ -92,29 +92,37 @@ def masked_pool(dense, masks):
     return total / (masks.sum((2, 3)).unsqueeze(-1) + EPS)  # Eq. (8), [B, N, C]
 
 
-def area_prior(masks, p_pos=0.4, p_neg=0.0):
-    """The two terms of the area prior over the global batch: (positive, negative), two scalars.
+def pair_areas(areas):
+    """Mean area of this rank's positive and of its negative masks: [2]. areas: [B, N], one mask's mean over H, W each.
 
-    masks: [B, N, H, W] in [0, 1]; the mask of local image i and its own text is positive, the others are negative.
-    A global batch of one pair has no negatives: its second term is 0.
+    The mask of local image i and its own text is positive, the others are negative; without negatives their mean is 0.
     """
-    areas = masks.mean((2, 3))  # [B, N]
     targets = positives(areas)
     is_positive = torch.zeros_like(areas).scatter_(1, targets.unsqueeze(1), 1.0)  # [B, N]
     pos = (areas * is_positive).sum() / is_positive.sum()
     neg = (areas * (1 - is_positive)).sum() / (1 - is_positive).sum().clamp(min=1)
+    return torch.stack([pos, neg])  # [2]
+
+
+def area_prior(areas, p_pos=0.4, p_neg=0.0):
+    """The two terms of the area prior over the global batch: (positive, negative), two scalars.
+
+    areas: [B, N] in [0, 1], the mean over H, W of the mask of local image i and text j. A global batch of one pair has
+    no negatives: its second term is 0.
+    """
     # The absolute value is of the expectation, so the mean over ranks comes first: |E| is not E| |.
-    mean_pos, mean_neg = gather(torch.stack([pos, neg]).unsqueeze(0)).mean(0)  # [ranks, 2] -> 2 scalars
+    mean_pos, mean_neg = gather(pair_areas(areas).unsqueeze(0)).mean(0)  # [ranks, 2] -> 2 scalars
     if areas.shape[1] == 1:
         return (p_pos - mean_pos).abs(), mean_neg * 0
     return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs()  # Eq. (10)
 
 
 def total_variation(x):
-    """Anisotropic total variation of the smooth prior, as a mean: a scalar.
+    """Anisotropic total variation of the smooth prior, one value a map: the loss is their mean.
 
-    x: [..., H, W]. Paper silent: the mean of |difference| along each axis, summed over the two axes (as the release).
+    x: [..., H, W]. Returns [...]. Paper silent: the mean of |difference| along each axis, summed over the two axes (as
+    the release).
     """
-    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()  # [..., H-1, W]
-    horizontal = (x[..., :, 1:] - x[..., :, :-1]).abs().mean()  # [..., H, W-1]
+    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((-2, -1))  # [..., H-1, W] -> [...]
+    horizontal = (x[..., :, 1:] - x[..., :, :-1]).abs().mean((-2, -1))  # [..., H, W-1] -> [...]
     return vertical + horizontal  # Eq. (11)
