@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Renders the results of evaluate.py: tables beside the paper's, a radar like Figure 1b, one picture sheet per set.
+And what train.py shows as it goes: log lines, loss.png, samples.png.
 
     python report.py results     # results.md, radar.png and report.html again, from results.json and the sheets there
 
@@ -11,10 +12,12 @@ import base64
 import functools
 import html
 import json
+import math
 import os
 import re
 import sys
 import unicodedata
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -536,6 +539,61 @@ def page(folder, results):
         lines.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>")
     lines += ["</dl></details>", *(html_set(folder, name, r) for name, r in results["datasets"].items())]
     return "\n".join([*lines, "</main></body></html>\n"])
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def write_log(record, out, bar):
+    """One plain line above the bar and one line of OUT/log.jsonl. record: plain values, bad: {reason: n}."""
+    flat = {k: sum(v.values()) if k == "bad" else v for k, v in record.items()}
+    flat |= {name: n for name, n in record.get("bad", {}).items() if n}
+    if "eta_seconds" in flat:
+        flat["eta"] = timedelta(seconds=flat.pop("eta_seconds"))
+    bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items()), sys.stdout)
+    valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with open(Path(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(valid) + "\n")
+
+
+def write_samples(path, images, masks, captions):
+    """A PNG of training pairs, dark where a mask is low: the image, under its own caption's mask, under the next one's.
+
+    images: float [n, 3, h, w] in 0..1. masks: [n, n, h, w], of image i and caption j. Tensors on the CPU.
+    """
+    size, gap, line, n = 224, 8, 18, len(images)
+    sheet = Image.new("RGB", (3 * (size + gap) + gap, n * (size + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        other, top = (i + 1) % n, gap + i * (size + line + gap)
+        cells = (("image", 1.0), (f"+ {captions[i]}", masks[i, i]), (f"- {captions[other]}", masks[i, other]))
+        for k, (title, mask) in enumerate(cells):
+            pixels = (images[i] * (0.1 + 0.9 * mask) * 255).byte().permute(1, 2, 0).numpy()  # [h, w, 3]
+            sheet.paste(Image.fromarray(pixels).resize((size, size)), (gap + k * (size + gap), top + line))
+            put_text(draw, (gap + k * (size + gap), top), title, 13, width=size)
+    save_png(path, sheet)
+
+
+CURVES = ("loss", "gcl_v", "gcl_f", "cl", "area_pos", "area_neg", "tv_mask", "tv_dense", "grad_norm", "miou")
+
+
+def write_curves(path, log):
+    """A PNG of what train.py's log.jsonl says over the steps: loss, its terms, gradient norm, mIoU; a panel each."""
+    lines = [json.loads(text) for text in Path(log).read_text().splitlines()]
+    series = {name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in CURVES}
+    series = {name: np.array(points) for name, points in series.items() if points}  # [n, 2]
+    width, height, gap = 420, 170, 30
+    sheet = Image.new("RGB", (2 * (width + gap) + gap, -(-len(series) // 2) * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, points) in enumerate(series.items()):
+        left, top = gap + k % 2 * (width + gap), gap + k // 2 * (height + gap)
+        low, high = points.min(0), points.max(0)
+        places = (points - low) / np.where(high > low, high - low, 1)  # [n, 2], 0 to 1 along both axes
+        draw.rectangle((left, top, left + width, top + height), outline="grey")
+        draw.line([(left + x * width, top + (1 - y) * height) for x, y in places], (200, 40, 40), 2)
+        span = f"{low[1]:.4g} to {high[1]:.4g}, now {points[-1, 1]:.4g}, steps {low[0]:.0f} to {high[0]:.0f}"
+        put_text(draw, (left, top - 17), f"{name}: {span}", 13)
+    save_png(path, sheet)
 
 
 if __name__ == "__main__":
