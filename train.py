@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -339,6 +340,19 @@ def caught_signals(seen):
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def no_loaders_left():
+    """After an error, kills the loader processes: Python ends what is left by SIGTERM, which they do not see."""
+    try:
+        yield
+    finally:
+        left = multiprocessing.active_children()
+        if left and hasattr(signal, "SIGCHLD"):  # on which torch would say that a loader has died
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in left:
+            process.kill()
+
+
 def weights_of(args):
     return {"gcl": args.lambda_gcl, "area": args.lambda_area, "tv": args.lambda_tv}
 
@@ -553,13 +567,14 @@ def after_step(done, facts, clock, run, args, bar):
 def main(args):
     """A parsed command line from start to end. Returns the exit status: 0, or 128 + the signal that stopped it."""
     run = start_run(args)
+    stop = 0
     if args.measure_area_prior:
-        measure_area_prior(run, args)
-        stop = 0
+        with no_loaders_left():
+            measure_area_prior(run, args)
     else:
         if run.rank == 0:
             begin_logs(run, args)
-        with caught_signals(run.signals):
+        with no_loaders_left(), caught_signals(run.signals):
             stop = train(run, args)
         if run.rank == 0:
             words = f"stopped by {signal.Signals(stop).name}, the same command goes on" if stop else "trained"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The training loop: schedule, optimiser, resume to the bit, two real ranks, and train.py as people call it."""
+"""The training loop: schedule, optimiser, resume to the bit, real ranks, kills and signals, and train.py as called."""
 
 import dataclasses
 import json
@@ -10,14 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_ranks
-from tiny import ROOT, check_refused, make_clip, make_shards, run, write_tar
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image
+from tiny import CONFIG, ROOT, check_refused, jpeg, make_clip, make_set, make_shards, run, write_tar
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
+import evaluate
 import gcl
 import train
 
@@ -54,6 +59,12 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def wait_for(path, process):
+    """Until a file is there or the process has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.001)
 
 
 # ---- schedule and optimiser ----
@@ -103,12 +114,21 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_settings(world, trained):
     for line in lines:
         terms = {k: line[k] for k in ("gcl_v", "gcl_f", "area_pos", "area_neg", "tv_mask", "tv_dense")}
         assert line["loss"] == pytest.approx(gcl.total_loss(terms), rel=1e-5)
-        assert {"w", "b", "tau_gcl_v", "tau_gcl_f", "lr", "grad_norm", "images_per_second", "replaced"} <= line.keys()
-        assert all(math.isfinite(value) for value in line.values())
-    assert json.loads((trained / "config.json").read_text())["batch_size"] == 4
-    assert [p.name for p in sorted(trained.iterdir()) if p.suffix != ".npy"] == ["config.json", "last.pt", "log.jsonl"]
+        assert {"w", "b", "tau_gcl_v", "tau_gcl_f", "lr", "grad_norm", "images_per_second", "skipped"} <= line.keys()
+        bad = line.pop("bad")
+        assert all(math.isfinite(value) for value in line.values()) and not any(bad.values())
+        assert line["area_pos"] == pytest.approx(abs(0.4 - line["mean_area_pos"]), rel=1e-4)
+        assert line["area_neg"] == pytest.approx(line["mean_area_neg"], rel=1e-4)
+        assert 0 < line["data_wait"] < 1 and 0.1 < line["memory_gb"] < 20
+    assert lines[-1]["eta_seconds"] == 0
+    config = json.loads((trained / "config.json").read_text())
+    assert config["batch_size"] == 4 and config["torch"] == torch.__version__.split("+")[0] and config["pairs"] == 14
+    assert {"python", "torchvision", "open_clip_torch", "numpy", "pillow", "commit", "micro_batch"} <= config.keys()
     assert len(list(trained.glob("index-*.npy"))) == 1
-    checkpoint = read(trained / "last.pt")
+    files = ["config.json", "last.pt", "log.jsonl", "loss.png", "previous.pt", "samples.png"]
+    assert sorted(p.name for p in trained.iterdir() if not p.name.startswith("index-")) == files
+    checkpoint, before = read(trained / "last.pt"), read(trained / "previous.pt")
+    assert before["step"] == 3 and before["model"].keys() == checkpoint["model"].keys()
     assert checkpoint["step"] == 6 and not any(k.startswith("clip.") for k in checkpoint["model"])
 
 
@@ -127,8 +147,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(world, trained):
     command = [sys.executable, str(ROOT / "train.py"), *pairs, *SHORT, *CPU, "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.001)
+    wait_for(out / "last.pt", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = read(out / "last.pt")["step"]
@@ -165,59 +184,446 @@ def test_two_ranks_train_as_one(world, trained):
         assert float(a[key]) == pytest.approx(float(b[key]), rel=2e-3)
 
 
-def step_gradients(rank, config, weights, ranks, late):
-    """Gradients of one step on a global batch of 4 in float64, by name; the release's late block as well when late."""
-    clip, tokenizer = gcl.load_clip(config, weights)
-    recipe = dataclasses.replace(gcl.RECIPES["release"], unfreeze_block_at=1)
+# ---- kills, signals, ranks that fail ----
+
+
+def driver(folder, name, code):
+    """A script that is train.py but for the code run before."""
+    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, gcl, train\n"
+    tail = "if __name__ == '__main__':\n    sys.exit(train.command())\n"
+    (folder / f"{name}.py").write_text(head + code + tail)
+    return folder / f"{name}.py"
+
+
+SLOW = """
+step = train.train_step
+def slow(*rest):
+    time.sleep(0.3)
+    return step(*rest)
+train.train_step = slow
+"""
+
+
+def start(script, *args, ranks=1):
+    """A script as a process group of its own, under torchrun for several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, str(script), *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_writes_a_checkpoint_first(world, trained, tmp_path, number, ranks):
+    """To the whole group, loader processes included, or to torchrun, which hands it on."""
+    out = tmp_path / "out"
+    args = [*world[1], *SHORT, "--save-every", 100, "--log-every", 1, "--workers", 1, "--device", "cpu", "--out", out]
+    process = start(driver(tmp_path, "slow", SLOW), *args, ranks=ranks)
+    wait_for(out / "log.jsonl", process)
+    while process.poll() is None and not (out / "log.jsonl").read_text():
+        time.sleep(0.01)
+    (os.killpg if ranks == 1 else os.kill)(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    step = read(out / "last.pt")["step"]
+    assert 1 <= step < 6, stderr
+    assert f"last.pt: stopped by {number.name}, the same command goes on to step 6" in stdout, stderr
+    assert len((out / "log.jsonl").read_text().splitlines()) == step
+    if ranks == 1:
+        assert process.returncode == 128 + number and "Traceback" not in stderr
+    again = train.parse_args([*world[1], *SHORT, *CPU, "--out", str(out)])
+    assert train.main(again) == 0
+    whole, resumed = read(trained / "last.pt"), read(out / "last.pt")
+    if ranks == 1:
+        assert same(whole["model"], resumed["model"]) and same(whole["optimizer"], resumed["optimizer"])
+    assert float(whole["model"]["w"]) == pytest.approx(float(resumed["model"]["w"]), rel=2e-3)
+
+
+DIES = """
+save, count = torch.save, []
+def half(fields, path):
+    count.append(path)
+    save(fields, path)
+    if len(count) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+"""
+
+
+def test_a_kill_during_the_write_leaves_the_checkpoint_before_whole(world, trained, tmp_path):
+    out = tmp_path / "out"
+    result = run(driver(tmp_path, "dies", DIES), *world[1], *SHORT, *CPU, "--out", out)
+    assert result.returncode == -signal.SIGKILL
+    assert read(out / "last.pt")["step"] == 3 and len(list(out.glob("*.tmp"))) == 1
+    assert train.main(train.parse_args([*world[1], *SHORT, *CPU, "--out", str(out)])) == 0
+    assert same(read(out / "last.pt")["model"], read(trained / "last.pt")["model"]) and not list(out.glob("*.tmp"))
+
+
+def test_resume_takes_the_newest_whole_checkpoint(world, trained, tmp_path, capsys):
+    args = train.parse_args([*world[1], *SHORT, *CPU, "--out", str(tmp_path)])
+    assert train.newest_checkpoint(args) is None
+    whole, before = (trained / "last.pt").read_bytes(), (trained / "previous.pt").read_bytes()
+    (tmp_path / "previous.pt").write_bytes(before)  # killed between two renames: last.pt is not there yet
+    (tmp_path / "next.pt").write_bytes(whole)
+    assert train.newest_checkpoint(args)[1]["step"] == 6
+    (tmp_path / "next.pt").unlink()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    assert train.newest_checkpoint(args)[1]["step"] == 3
+    assert "last.pt: not a checkpoint that can be read" in capsys.readouterr().err
+    (tmp_path / "previous.pt").write_bytes(before[:-100])
+    with pytest.raises(gcl.CheckpointError, match="last.pt: no checkpoint here can be read; --resume never starts"):
+        train.newest_checkpoint(args)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_resumes_to_the_same_bits(world, tmp_path, precision, monkeypatch):
+    def args(out):
+        return train.parse_args([*world[1], *SHORT, *CPU, "--precision", precision, "--out", str(tmp_path / out)])
+
+    train.main(args("whole"))
+    step, calls = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *rest: calls.append(len(calls)) or calls[4:] or step(*rest))
+    with pytest.raises(AttributeError):  # the fifth step
+        train.main(args("cut"))
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(args("cut"))
+    whole, resumed = read(tmp_path / "whole" / "last.pt"), read(tmp_path / "cut" / "last.pt")
+    for part in ("model", "optimizer", "scaler", "progress"):
+        assert same(whole[part], resumed[part]), part
+    assert (precision == "fp16") == bool(resumed["scaler"])
+
+
+def test_a_late_block_trains_alike_on_two_ranks_that_take_over_from_one(world, tmp_path, monkeypatch):
+    """Unfrozen at step 2; two ranks go on at step 3 from the checkpoint of one."""
+    late = (
+        "import dataclasses\nr = gcl.RECIPES\nr['release'] = dataclasses.replace(r['release'], unfreeze_block_at=2)\n"
+    )
+    recipe = dataclasses.replace(gcl.RECIPES["release"], unfreeze_block_at=2)
+    monkeypatch.setitem(gcl.RECIPES, "release", recipe)
+    args = [*world[1], *SHORT, *CPU, "--recipe", "release", "--lr", "1e-3"]
+    train.main(train.parse_args([*args, "--out", str(tmp_path / "one")]))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "last.pt").write_bytes((tmp_path / "one" / "previous.pt").read_bytes())
+    result = run(driver(tmp_path, "late", late), *args, "--micro-batch", 1, "--out", tmp_path / "two", ranks=2)
+    assert result.returncode == 0 and "2 rank(s) on cpu, torch.float32, steps 3 to 6" in result.stdout, result.stderr
+    one, two, early = (read(tmp_path / p)["model"] for p in ("one/last.pt", "two/last.pt", "one/previous.pt"))
+    moved = 0
+    for name in (n for n in one if n.startswith("block.") and one[n].ndim == 2):
+        moved += not torch.equal(one[name], early[name])
+        assert (one[name] - two[name]).norm() < 0.05 * (one[name] - early[name]).norm(), name
+    assert moved
+
+
+FAILS = """
+step = train.train_step
+def patched(*rest):
+    if os.environ["RANK"] == "1":
+        WHAT
+    return step(*rest)
+train.train_step = patched
+"""
+STALLS = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)"
+OTHER = """
+build = train.build_pairs
+def patched(*rest):
+    pairs = build(*rest)
+    pairs.__class__ = type("Other", (type(pairs),), {"__len__": lambda self: 14 - int(os.environ["RANK"])})
+    return pairs
+train.build_pairs = patched
+"""
+
+
+def test_one_rank_that_fails_or_hangs_ends_all(world, tmp_path):
+    codes = {"raises": FAILS.replace("WHAT", "raise ValueError('as a test')"), "stalls": FAILS.replace("WHAT", STALLS)}
+    began, processes = time.time(), {}
+    for name, code in (codes | {"other": OTHER}).items():
+        args = [*world[1], *SHORT, *CPU, "--timeout", 3, "--out", tmp_path / name]
+        processes[name] = start(driver(tmp_path, name, code), *args, ranks=2)
+    errors = {name: process.communicate(timeout=200)[1] for name, process in processes.items()}
+    assert all(process.returncode == 1 for process in processes.values()) and time.time() - began < 120
+    assert "ValueError: as a test" in errors["raises"]
+    lost = "error: rank 0: a collective was not completed within --timeout 3 s: another rank has failed or hangs"
+    assert lost in errors["stalls"]
+    assert "would start at step 0 of 14 pairs, rank" in errors["other"] and "the same --data" in errors["other"]
+
+
+# ---- seeing it run ----
+
+
+def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
+    spec = make_set(tmp_path / "set", n=1)
+    scores, seen = [10.0, 30.0, 20.0], []
+
+    def scored(dataset, net, tokenizer, args, device, rank, ranks):
+        seen.append((dataset.name, net.training, args.pamr, args.precision, args.bg_threshold))
+        return {"miou": scores[len(seen) - 1]}, []
+
+    monkeypatch.setattr(evaluate, "evaluate_set", scored)
+    args = [*world[1], *SHORT, *CPU, "--eval", spec, "--eval-every", "2", "--out", str(tmp_path / "out")]
+    train.main(train.parse_args(args))
+    assert seen == [("set", False, False, "fp32", 0.5)] * 3
+    best, last = read(tmp_path / "out" / "best.pt"), read(tmp_path / "out" / "last.pt")
+    assert (best["step"], best["miou"]) == (4, 30.0) and gcl.load(tmp_path / "out" / "best.pt")
+    assert last["progress"]["best"] == {"step": 4, "miou": 30.0}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [x for x in lines if "miou" in x][2] == {"step": 6, "miou": 20.0, "miou_set": 20.0, "best_step": 4}
+
+
+def test_evaluation_is_that_of_evaluate_py(world, tmp_path):
+    spec, out = make_set(tmp_path / "set", n=1, background=True), tmp_path / "out"
+    train.main(train.parse_args([*world[1], *SHORT, *CPU, "--eval", spec, "--out", str(out)]))
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    args = ["--datasets", spec, "--no-pamr", "--checkpoint", str(out / "last.pt"), "--device", "cpu", "--workers", "0"]
+    evaluate.main(evaluate.parse_args([*args, "--out", str(tmp_path / "results")]))
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert line["step"] == 6 and line["miou"] == results["average"]
+
+
+def test_pictures_show_images_masks_and_curves(trained):
+    with Image.open(trained / "samples.png") as sheet:
+        pixels = torch.tensor(list(sheet.convert("L").get_flattened_data())).view(sheet.height, sheet.width) / 255
+    columns = [pixels[26:250, 8 + 232 * k : 232 + 232 * k] for k in range(3)]
+    assert pixels.shape == (4 * 250 + 8, 3 * 232 + 8)
+    assert columns[0].mean() > 2 * columns[1].mean() > 0.02  # masks leave the rest dark
+    assert (columns[1] - columns[2]).abs().max() > 0.02
+    with Image.open(trained / "loss.png") as curves:
+        panels, red = curves.height // 200 * 2, [c for n, c in curves.getcolors(10**6) if c == (200, 40, 40)]
+    assert panels == 8 and red
+
+
+def test_the_area_prior_is_the_mean_area_of_maskclip(world, capsys, tmp_path):
+    out = tmp_path / "out"
+    train.main(train.parse_args([*world[1], *CPU, "--measure-area-prior", "--batch-size", "7", "--out", str(out)]))
+    said = re.search(
+        r"masks: (\S+) \+- (\S+) \(standard error, 14 pairs\); train with --area-prior", capsys.readouterr().out
+    )
+    net, args = gcl.GCL(gcl.load_clip(world[1][3], world[1][5])[0]), train.parse_args(world[1])
+    pairs = train.build_pairs(args, net, gcl.tokenizer_of(net.clip))
+    areas = []
+    for position, index in data.GlobalOrder(14, 14, 1).__iter__().__next__():
+        image, tokens, *_ = pairs[position, index]
+        mask = net.segment_maskclip(image[None], net.encode_text(tokens[None]))  # bilinear, so the mean is near
+        areas.append(float(mask.mean()))
+    areas = torch.tensor(areas)
+    assert float(said[1]) == pytest.approx(float(areas.mean()), abs=0.01)
+    assert float(said[2]) == pytest.approx(float(areas.std()) / 14**0.5, rel=0.15)
+
+
+def test_too_many_bad_samples_stop_the_run(world, tmp_path):
+    members = [(f"{k}.{kind}", jpeg(k) if kind == "jpg" else b"a cat") for k in range(6) for kind in ("jpg", "txt")]
+    broken = [(f"{k}.{kind}", b"broken" if kind == "jpg" else b"a cat") for k in (6, 7) for kind in ("jpg", "txt")]
+    shard = write_tar(tmp_path / "mixed.tar", members + broken)
+    args = [*world[1], "--data", shard, *SHORT, *CPU, "--out", str(tmp_path / "out")]
+    train.main(train.parse_args([*args, "--max-bad", "0.9"]))
+    line = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert sum(line["bad"].values()) >= 6  # 24 samples of three epochs, two of eight are bad
+    with pytest.raises(data.DataError, match="unusable samples in"):
+        train.main(train.parse_args([*args, "--max-bad", "0.01", "--resume", "never"]))
+
+
+# ---- any number of ranks, any slices ----
+
+SMALL = {**CONFIG, "embed_dim": 3}  # three texts at a time: a batch of eight has three slices of masks
+CASES = [("paper", False), ("release", True)]
+
+
+def step_gradients(rank, ranks, recipe, late, micro_batch):
+    """Loss terms and gradients of one step on a global batch of 8 in float64, by name; of a late block when late."""
     torch.manual_seed(0)
-    net = gcl.GCL(clip, recipe, gcl.LOSSES).double().train()
+    clip, tokenizer = gcl.load_clip(SMALL, None)
+    net = gcl.GCL(clip, dataclasses.replace(gcl.RECIPES[recipe], unfreeze_block_at=1 if late else None), gcl.LOSSES)
+    net = net.double().train()
     with torch.no_grad():
-        for p in net.adapter.parameters():
+        for p in (*net.adapter.parameters(), *net.clip.parameters()):
             p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)  # open gates: nothing hides behind an identity
-    model = DistributedDataParallel(net) if ranks > 1 else net
+    model = train.wrap(net, torch.device("cpu"), ranks)
     if late and net.set_trainable(1):
-        model = DistributedDataParallel(net) if ranks > 1 else net
+        model = train.wrap(net, torch.device("cpu"), ranks)
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
-    noise = torch.rand(4, 1, 16, 16, generator=generator, dtype=torch.float64)
-    tokens = tokenizer(["a cat", "two dogs", "trees", "a red kite"])
-    mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-    gcl.total_loss(model(images[mine], tokens[mine], noise[mine])).backward()
-    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    noise = torch.rand(8, 1, 16, 16, generator=generator, dtype=torch.float64)
+    tokens = tokenizer(["a cat", "two dogs", "trees", "a red kite", "the sea", "a box", "no one", "four of us"])
+    mine = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    terms = model(images[mine], tokens[mine], noise[mine], micro_batch=micro_batch)
+    gcl.total_loss(terms).backward()
+    terms = {f"loss {name}": value.detach() for name, value in terms.items()}
+    return terms | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("ranks", "late"), [(2, False), (4, True)])
-def test_gradients_are_the_same_on_any_number_of_ranks(world, ranks, late):
-    config, weights = world[1][3], world[1][5]
-    whole = step_gradients(0, config, weights, 1, late)
-    assert any(name.startswith("block.") for name in whole) is late
-    for found in run_ranks(step_gradients, config, weights, ranks, late, ranks=ranks):
-        assert found.keys() == whole.keys()
-        for name, gradient in whole.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+def steps_on_rank(rank, ranks):
+    return [[step_gradients(rank, ranks, *case, m) for m in (None, 3 if ranks == 2 else 1)] for case in CASES]
+
+
+def check_same(found, whole):
+    """found: the results of every rank. Gradients are the same on each, the losses' mean is the whole batch's."""
+    for result in found:
+        assert result.keys() == whole.keys()
+    for name, value in whole.items():
+        means = torch.stack([result[name] for result in found]).mean(0) if name.startswith("loss") else found[-1][name]
+        torch.testing.assert_close(means, value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole_steps():
+    return [step_gradients(0, 1, *case, None) for case in CASES]
+
+
+def test_a_step_in_slices_is_the_whole_step(whole_steps):
+    for case, whole in zip(CASES, whole_steps, strict=True):
+        assert any(name.startswith("block.") for name in whole) is case[1]
+        assert len([name for name in whole if name.startswith("loss")]) == 7
+        for micro_batch in (1, 3):
+            check_same([step_gradients(0, 1, *case, micro_batch)], whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_is_the_same_on_any_number_of_ranks(whole_steps, ranks):
+    found = run_ranks(steps_on_rank, ranks, ranks=ranks)
+    for k, whole in enumerate(whole_steps):
+        for sliced in (0, 1):
+            check_same([result[k][sliced] for result in found], whole)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that tensor operations make, and keeps the shapes; peak is the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak, self.shapes = {}, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            self.shapes.add(tuple(x.shape) if torch.is_tensor(x) else ())
+            if torch.is_tensor(x) and x.untyped_storage()._cdata not in self.live:
+                storage = x.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.end, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def end(self, key):
+        self.now -= self.live.pop(key, 0)
+
+
+def bytes_of_step(batch_size, micro_batch):
+    torch.manual_seed(0)
+    clip, tokenizer = gcl.load_clip({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 128}}, None)
+    net = gcl.GCL(clip).train()
+    batch = torch.randn(batch_size, 3, 64, 64), tokenizer(["a cat"] * batch_size), torch.rand(batch_size, 1, 32, 32)
+    with LiveBytes() as count:
+        gcl.total_loss(net(*batch, micro_batch=micro_batch)).backward()
+    return count
+
+
+def test_the_memory_of_a_step_is_that_of_its_slice():
+    small, sliced, whole = bytes_of_step(4, None), bytes_of_step(64, 4), bytes_of_step(64, None)
+    assert small.peak < sliced.peak < 1.6 * small.peak < whole.peak / 4
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_masks_are_never_held_for_all_texts_at_once(micro_batch):
+    """24 channels: masks of 24 texts at a time, in the backward pass too."""
+    shapes = bytes_of_step(40, micro_batch).shapes
+    masks = {
+        n: [s for s in shapes if n in s[1:] and math.prod(s[s.index(n, 1) + 1 :]) == 32 * 32] for n in (24, 16, 40)
+    }
+    assert masks[24] and masks[16] and not masks[40]
+
+
+class Keys(torch.utils.data.Dataset):
+    """Samples that say which they are: position, index, and nothing else."""
+
+    def __len__(self):
+        return 14
+
+    def __getitem__(self, key):
+        return key
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_samples_come_in_one_order_from_any_start_on_any_number_of_ranks(ranks):
+    args = train.parse_args(["--workers", "0"])
+
+    def drawn(ranks, start):
+        runs = [SimpleNamespace(pairs=Keys(), rank=r, ranks=ranks, device=torch.device("cpu")) for r in range(ranks)]
+        parts = [list(train.batches(run, args, 4, 6, start)) for run in runs]
+        return [[sum((x[k].tolist() for x in step), []) for k in (0, 1)] for step in zip(*parts, strict=True)]
+
+    whole = drawn(1, 0)
+    assert sorted(sum((step[1] for step in whole), [])[:14]) == list(range(14))
+    for start in (0, 3, 5):
+        assert drawn(ranks, start) == whole[start:]
+
+
+# ---- what is not finite ----
+
+
+def make_run(world, **changes):
+    """What train_step needs of a run on one rank, and a batch of two."""
+    clip, tokenizer = gcl.load_clip(world[1][3], world[1][5])
+    net, args = gcl.GCL(clip).train(), train.parse_args([])
+    progress = {"skipped": 0, "in_a_row": 0, "bad": [0] * len(train.BAD), "best": None}
+    parts = {"net": net, "optimizer": train.build_optimizer(net, args), "progress": progress, "signals": []}
+    parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "dtype": None, "ranks": 1}
+    batch = [torch.randn(2, 3, 32, 32), tokenizer(["a cat", "two dogs"]), torch.full((2, 1, 16, 16), 0.5)]
+    return SimpleNamespace(**parts | changes), args, batch
+
+
+NONE_BAD = torch.zeros(2, len(train.BAD), dtype=torch.int64)
 
 
 def test_a_non_finite_gradient_leaves_the_weights_alone(world):
-    clip, tokenizer = gcl.load_clip(world[1][3], world[1][5])
-    net, args = gcl.GCL(clip).train(), train.parse_args([])
-    optimizer = train.build_optimizer(net, args)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    tokens, noise = tokenizer(["a cat", "two dogs"]), torch.full((2, 1, 16, 16), 0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = [torch.full((2, 3, 32, 32), math.nan), tokens, noise]
-    _, norm = train.train_step(net, batch, optimizer, scaler, None, args)
-    assert not norm.isfinite() and same(dict(net.state_dict()), before)
-    batch[0] = torch.randn(2, 3, 32, 32)
-    _, norm = train.train_step(net, batch, optimizer, scaler, None, args)
-    assert norm.isfinite() and not torch.equal(net.w, before["w"])
+    run, args, batch = make_run(world)
+    before = {k: v.clone() for k, v in run.net.state_dict().items()}
+    facts = train.train_step(run.net, [torch.full((2, 3, 32, 32), math.nan), *batch[1:]], NONE_BAD, run, args)
+    assert not facts.finite and same(dict(run.net.state_dict()), before)
+    assert (run.progress["skipped"], run.progress["in_a_row"]) == (1, 1)
+    facts = train.train_step(run.net, batch, NONE_BAD + 3, run, args)
+    assert facts.finite and not torch.equal(run.net.w, before["w"])
+    assert (run.progress["skipped"], run.progress["in_a_row"]) == (1, 0)
+    assert run.progress["bad"] == [6] * len(train.BAD)
+
+
+def skip_on_rank(rank, pairs):
+    """A step in which the loss of rank 1 alone is infinite, then a plain one: what moved, and float16's scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run, args, batch = make_run((None, pairs), scaler=scaler, dtype=torch.float16, ranks=2)
+    model, gradients = train.wrap(run.net, torch.device("cpu"), 2), train.gradients
+    results = []
+    for broken in (True, False):
+        before = run.net.w.clone()
+
+        def patched(*rest, broken=broken):
+            losses, norm = gradients(*rest)
+            return (losses | {"gcl_v": losses["gcl_v"] / 0} if broken and rank == 1 else losses), norm
+
+        train.gradients = patched
+        facts = train.train_step(model, batch, NONE_BAD, run, args)
+        results.append([facts.finite, not torch.equal(before, run.net.w), scaler.get_scale(), run.progress["skipped"]])
+    return torch.tensor(results)
+
+
+def test_all_ranks_skip_the_same_steps_and_scale_alike(world):
+    for result in run_ranks(skip_on_rank, world[1]):
+        assert result.tolist() == [[0, 0, 512, 1], [1, 1, 512, 1]]
 
 
 def test_twenty_non_finite_gradients_in_a_row_stop_the_run(world, tmp_path, monkeypatch):
     norms = [math.nan] * 19 + [1.0] + [math.nan] * 30  # a finite one in between starts the count again
-    monkeypatch.setattr(train, "train_step", lambda *_: ({}, torch.tensor(norms.pop(0))))
-    command = "--batch-size 2 --steps 60 --warmup-steps 0 --log-every 100".split()
+    plain = train.gradients
+    monkeypatch.setattr(train, "gradients", lambda *rest: (plain(*rest)[0], torch.tensor(norms.pop(0))))
+    command = "--batch-size 2 --steps 60 --warmup-steps 0 --log-every 100 --save-every 15".split()
     with pytest.raises(data.DataError, match="step 39: 20 non-finite gradients in a row"):
         train.main(train.parse_args([*world[1], *CPU, *command, "--out", str(tmp_path)]))
+    assert read(tmp_path / "previous.pt")["progress"] | {"bad": 0} == {
+        "skipped": 15,
+        "in_a_row": 15,
+        "bad": 0,
+        "best": None,
+    }
+    assert read(tmp_path / "last.pt")["progress"]["in_a_row"] == 10
 
 
 def test_bf16_autocast_stays_close_to_float32(world):
@@ -257,6 +663,9 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
         (["--losses", "gcl"], "1", "invalid choice: 'gcl'"),
         (["--seed", "-1"], "1", "cannot be negative"),
         (["--image-size", "0"], "1", "--image-size must be at least 1"),
+        (["--micro-batch", "0"], "1", "--micro-batch must be at least 1"),
+        (["--measure-area-prior", "0"], "1", "--measure-area-prior must be at least 1"),
+        (["--max-bad", "2"], "1", "--max-bad 2.0 must lie between 0 and 1"),
         (["--out", __file__], "1", "is a file, not a folder"),
         (["--batch", "4", "--bogus"], "1", "unrecognized arguments: --bogus"),
     ],
