@@ -294,11 +294,11 @@ def test_half_precision_resumes_to_the_same_bits(world, tmp_path, precision, mon
 
 
 def test_a_late_block_trains_alike_on_two_ranks_that_take_over_from_one(world, tmp_path, monkeypatch):
-    """Unfrozen at step 2; two ranks go on at step 3 from the checkpoint of one."""
+    """Two ranks go on at step 3 from the checkpoint of one, and unfreeze the block at step 4."""
     late = (
-        "import dataclasses\nr = gcl.RECIPES\nr['release'] = dataclasses.replace(r['release'], unfreeze_block_at=2)\n"
+        "import dataclasses\nr = gcl.RECIPES\nr['release'] = dataclasses.replace(r['release'], unfreeze_block_at=4)\n"
     )
-    recipe = dataclasses.replace(gcl.RECIPES["release"], unfreeze_block_at=2)
+    recipe = dataclasses.replace(gcl.RECIPES["release"], unfreeze_block_at=4)
     monkeypatch.setitem(gcl.RECIPES, "release", recipe)
     args = [*world[1], *SHORT, *CPU, "--recipe", "release", "--lr", "1e-3"]
     train.main(train.parse_args([*args, "--out", str(tmp_path / "one")]))
@@ -624,6 +624,9 @@ def test_twenty_non_finite_gradients_in_a_row_stop_the_run(world, tmp_path, monk
         "best": None,
     }
     assert read(tmp_path / "last.pt")["progress"]["in_a_row"] == 10
+    monkeypatch.setattr(train, "gradients", plain)
+    train.main(train.parse_args([*world[1], *CPU, *command, "--out", str(tmp_path)]))
+    assert read(tmp_path / "last.pt")["progress"]["skipped"] == 29  # of the first 30 steps; counts go on
 
 
 def test_bf16_autocast_stays_close_to_float32(world):
