@@ -343,7 +343,7 @@ def test_one_rank_that_fails_or_hangs_ends_all(world, tmp_path):
     assert all(process.returncode == 1 for process in processes.values()) and time.time() - began < 120
     assert "ValueError: as a test" in errors["raises"]
     lost = "error: rank 0: a collective was not completed within --timeout 3 s: another rank has failed or hangs"
-    assert lost in errors["stalls"]
+    assert lost in errors["stalls"] and "3000ms" in errors["stalls"]
     assert "would start at step 0 of 14 pairs, rank" in errors["other"] and "the same --data" in errors["other"]
 
 
