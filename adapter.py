@@ -57,7 +57,7 @@ def _sum(coefficients, parts, out):
 
 
 def _to_tiles(x, matrix, step, rows, columns):
-    """tiles[a, b] = sum_ij matrix[a][i] matrix[b][j] x[i::step, j::step], [t, t, B, rows, columns, D] of [B, H, W, D]."""
+    """tiles[a, b] = sum_ij matrix[a][i] matrix[b][j] x[i::step, j::step]: [B, H, W, D] -> [t, t, B, h, w, D]."""
     taps = range(len(matrix[0]))
     tiles = x.new_empty(len(matrix), len(matrix), len(x), rows, columns, x.shape[-1])
     line = x.new_empty(len(x), rows, *x.shape[2:])  # [B, rows, W, D]

@@ -173,7 +173,7 @@ class GCL(nn.Module):
         """L2-normalised text embeddings t = E_t(x_t). tokens: [..., context] int64. Returns [..., C] float32."""
         flat = tokens.reshape(-1, tokens.shape[-1])  # [N, context]
         with torch.no_grad():
-            t = full(self.clip.encode_text(flat))  # [N, C]
+            t = full(text_features(self.clip, flat))  # [N, C]
         return normalize(t).reshape(*tokens.shape[:-1], -1)  # [..., C]
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class GCL(nn.Module):
             tokens = tokenizer(prompts).to(self.w.device)  # [T, context], T templates
             if tokens.max() >= self.clip.vocab_size:
                 raise CheckpointError(f"the tokenizer is larger than this CLIP's vocabulary ({self.clip.vocab_size})")
-            rows.append(full(self.clip.encode_text(tokens)).mean(0))  # [T, C] -> [C]
+            rows.append(full(text_features(self.clip, tokens)).mean(0))  # [T, C] -> [C]
         return normalize(torch.stack(rows))  # [K, C]
 
     def trunk(self, images):
@@ -197,13 +197,13 @@ class GCL(nn.Module):
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # [B, 1+L, D]
         x = visual.ln_pre(x + resize_positions(visual.positional_embedding, visual.grid_size, grid).to(x.dtype))
         for block in visual.transformer.resblocks[:-1]:
-            x = block(x)
+            x = run_block(block, x)
         return x
 
     def global_embedding(self, images):
         """v_g, CLIP's own image embedding, L2-normalised, at any image size. Returns [B, C]."""
         visual = self.clip.visual
-        x = visual.transformer.resblocks[-1](self.trunk(images))[:, 0]  # [B, D]
+        x = run_block(visual.transformer.resblocks[-1], self.trunk(images), 1)[:, 0]  # [B, D], the class token alone
         return normalize(full(visual.ln_post(x) @ visual.proj))
 
     def dense_features(self, tokens, grid, block=None):
@@ -218,7 +218,7 @@ class GCL(nn.Module):
         weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]  # values: [D, D]
         value = F.linear(block.ln_1(x), weight, bias)  # Eq. (3), [B, L, D]
         x = x + block.ls_1(block.attn.out_proj(value))
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        x = x + block.ls_2(run_mlp(block.mlp, block.ln_2(x)))
         return x.transpose(1, 2).unflatten(2, grid)  # [B, L, D] -> [B, D, H, W]
 
     def dense_embedding(self, v_d):
@@ -389,6 +389,43 @@ class GCL(nn.Module):
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+# ---- CLIP's layers -------------------------------------------------------------------------------------------------
+
+
+def run_block(block, x, n=None):
+    """open_clip's residual attention block without its detours. x: [B, L, D]. Returns the first n tokens, or all.
+
+    Tokens meet in keys and values alone: where n tokens leave, only they need a query, the projection and the MLP.
+    """
+    width, heads, y = x.shape[-1], block.attn.num_heads, block.ln_1(x)
+    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias  # [3D, D]: queries, keys, values
+    q = F.linear(y[:, :n], weight[:width], bias[:width]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k, v = F.linear(y, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, heads, n, D/heads] -> [B, n, D]
+    x = x[:, :n] + block.ls_1(block.attn.out_proj(z))
+    return x + block.ls_2(run_mlp(block.mlp, block.ln_2(x)))
+
+
+def run_mlp(mlp, x):
+    """open_clip's MLP; QuickGELU x sigmoid(1.702 x) = silu(1.702 x) / 1.702 keeps one tensor for the gradient."""
+    if not isinstance(mlp.gelu, open_clip.transformer.QuickGELU):
+        return mlp(x)
+    return mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
+
+
+def text_features(clip, tokens):
+    """open_clip's encode_text, [N, context] -> [N, C], up to the last end of text: attention is causal, so what stands
+    behind the end (the largest token) changes nothing."""
+    if clip.attn_mask is None or getattr(clip, "text_pool_type", "argmax") != "argmax":
+        return clip.encode_text(tokens)
+    ends = tokens.argmax(-1)  # [N]
+    n = int(ends.max()) + 1
+    x = clip.token_embedding(tokens[:, :n]) + clip.positional_embedding[:n]  # [N, n, width]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
+    x = x[torch.arange(len(x), device=x.device), ends]  # [N, width]
+    return clip.text_projection(x) if isinstance(clip.text_projection, nn.Linear) else x @ clip.text_projection
 
 
 # ---- CLIP alone: other last blocks (evaluate.py --method) -----------------------------------------------------------

@@ -44,12 +44,11 @@ def _iterate(weights, index, mask, iterations):
             mask = sum(weights[:, n, None] * mask[index[:, n]] for n in range(index.shape[1]))  # [H*W, K]
         return mask
     pixels, n = index.shape
-    rows = torch.arange(pixels, device=index.device).repeat_interleave(n)  # [H*W*n]
-    entries = torch.stack([rows, index.flatten()])  # [2, H*W*n]
+    starts = torch.arange(0, pixels * n + 1, n, dtype=torch.int32, device=index.device)  # each row has n entries
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # two notices of torch about its CSR layout
-        # Repeated border pixels give one entry several times; coalescing adds their weights up.
-        matrix = torch.sparse_coo_tensor(entries, weights.flatten(), (pixels, pixels)).coalesce().to_sparse_csr()
+        # A repeated border pixel stays as several entries of its row: a product is a sum over entries all the same.
+        matrix = torch.sparse_csr_tensor(starts, index.flatten().int(), weights.flatten(), (pixels, pixels))
     for _ in range(iterations):
         mask = matrix @ mask  # [H*W, H*W] [H*W, K] -> [H*W, K]
     return mask
