@@ -137,7 +137,7 @@ def upsample(x):
     """Nearest x2 of [B, H, W, D]."""
     batch, height, width, depth = x.shape
     x = x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # [B, H, 2, W, 2, D]
-    return x.reshape(batch, 2 * height, 2 * width, depth)
+    return x.clone(memory_format=torch.contiguous_format).view(batch, 2 * height, 2 * width, depth)
 
 
 def sum_2x2(x):

@@ -47,8 +47,10 @@ def _iterate(weights, index, mask, iterations):
     starts = torch.arange(0, pixels * n + 1, n, dtype=torch.int32, device=index.device)  # each row has n entries
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # two notices of torch about its CSR layout
-        # A repeated border pixel stays as several entries of its row: a product is a sum over entries all the same.
+        # On CPUs a repeated border pixel stays as several entries of its row, which a product sums up all the same.
         matrix = torch.sparse_csr_tensor(starts, index.flatten().int(), weights.flatten(), (pixels, pixels))
+        if mask.is_cuda:  # not promised there, so they are merged
+            matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
     for _ in range(iterations):
         mask = matrix @ mask  # [H*W, H*W] [H*W, K] -> [H*W, K]
     return mask

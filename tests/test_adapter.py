@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close
 
+import adapter
 from adapter import Adapter, GatedBlock
 
 
@@ -96,3 +98,49 @@ def test_adapter_has_these_parameters():
     assert {name for name, _ in adapter.named_parameters()} == set(adapter.state_dict()) == expected
     assert sum(p.numel() for p in adapter.parameters()) == 4 * (1 + 2 * 6 + 9 * 6 * 6 + 6)
     assert all(p.shape == () and p == 0 for name, p in adapter.named_parameters() if name.endswith("gate"))
+
+
+def plain_block(block, x, up):
+    """The block as torch's own layers, one after the other."""
+    x = F.interpolate(x, scale_factor=2, mode="nearest") if up else x
+    y = F.gelu(block.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    return x + torch.tanh(block.gate) * F.conv2d(y, block.conv.weight, block.conv.bias, padding=1)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (5, 8), (7, 3)])
+def test_shortcuts_are_the_plain_layers_forward_and_backward(monkeypatch, shortcut, up, size):
+    if not shortcut:
+        monkeypatch.setattr(adapter, "scheme_of", lambda *_: None)
+    monkeypatch.setattr(adapter, "TILES", 7)  # several bands, the last one shorter
+    block, x = randomize(GatedBlock(4)), torch.randn(3, *size[::-1], 4, dtype=torch.float64).permute(0, 3, 2, 1)
+    leaves = [x.requires_grad_(), *block.parameters()]
+    ours, plain = block(x, up), plain_block(block, x, up)
+    assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    gradient = torch.randn_like(plain)
+    for actual, expected in zip(
+        torch.autograd.grad(ours, leaves, gradient), torch.autograd.grad(plain, leaves, gradient), strict=True
+    ):
+        assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["x", "norm", "gate", "conv"])
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen):
+    block, x = randomize(GatedBlock(3)), torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=frozen != "x")
+    for name, p in block.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    leaves = [v for v in (x, *block.parameters()) if v.requires_grad]
+    found = [torch.autograd.grad(f(x).square().sum(), leaves) for f in (block, lambda x: plain_block(block, x, False))]
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_bfloat16_is_as_near_as_the_plain_layers_in_bfloat16(up):
+    block, x = randomize(GatedBlock(32)).float(), torch.randn(2, 32, 6, 6)
+    exact = plain_block(block, x, up)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = block(x, up), plain_block(block, x, up)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).square().mean() < 4 * (plain - exact).square().mean()
