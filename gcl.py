@@ -409,10 +409,13 @@ def run_block(block, x, n=None):
 
 
 def run_mlp(mlp, x):
-    """open_clip's MLP; QuickGELU x sigmoid(1.702 x) = silu(1.702 x) / 1.702 keeps one tensor for the gradient."""
+    """open_clip's MLP. QuickGELU, x sigmoid(1.702 x), is silu(1.702 x) / 1.702: the factors go into the two products,
+    and the gradient needs one tensor instead of two. x: [B, L, D]."""
     if not isinstance(mlp.gelu, open_clip.transformer.QuickGELU):
         return mlp(x)
-    return mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
+    into, out = mlp.c_fc, mlp.c_proj
+    y = torch.addmm(1.702 * into.bias, x.flatten(0, 1), into.weight.T, alpha=1.702)  # [B*L, 4D]
+    return torch.addmm(out.bias, F.silu(y), out.weight.T, alpha=1 / 1.702).view_as(x)
 
 
 def text_features(clip, tokens):

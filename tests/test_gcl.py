@@ -522,6 +522,23 @@ def test_untrained_grounder_is_maskclip(tmp_path, recipe):
     assert_close(net.segment(images, t, kp_weight=0), pixels, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("n", [None, 1, 3])
+def test_blocks_and_texts_are_open_clips_forward_and_backward(tmp_path, quick, n):
+    clip = make_clip(tmp_path, quick_gelu=quick).double()
+    shake(clip.parameters(), 0.3)
+    block = clip.visual.transformer.resblocks[0]
+    x = torch.randn(2, 48, 7, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [B, L, D], not contiguous
+    ours, theirs = gcl.run_block(block, x, n), block(x)[:, :n]
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)]
+    assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    tokens = torch.zeros(3, clip.context_length, dtype=torch.long)
+    for row, end in enumerate((2, 5, 4)):
+        tokens[row, : end + 1] = torch.arange(1, end + 2)
+    assert_close(gcl.text_features(clip, tokens), clip.encode_text(tokens), rtol=1e-10, atol=1e-10)
+
+
 # ---- segmentation -------------------------------------------------------------------------------------------------
 
 
