@@ -50,6 +50,7 @@ except ImportError:  # Windows
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # whatever the suffix says; no format that runs other programs
 REASONS = ("shard", "image", "size", "caption")  # why a sample is bad
+ENOUGH = 1000  # samples, before their share of bad ones can stop a run
 JSON = 2**31  # added to the size of a text in the index where it is a .json
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL says SyntaxError for a broken PNG
 IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
@@ -399,9 +400,9 @@ class PairDataset(Dataset):
 
 
 def too_many_bad(counts, seen, share):
-    """DataError once more than this share of at least 1000 samples was bad. counts: by REASONS; seen: good samples."""
+    """DataError once more than this share of ENOUGH samples was bad. counts: by REASONS; seen: good samples."""
     bad = int(sum(counts))
-    if seen + bad >= 1000 and bad > share * (seen + bad):
+    if seen + bad >= ENOUGH and bad > share * (seen + bad):
         named = ", ".join(f"{reason} {int(n)}" for reason, n in zip(REASONS, counts, strict=True))
         hint = "see python data.py check SHARD..., or raise --max-bad"
         raise DataError(f"{bad} of {seen + bad} samples are bad ({named}), more than a share of {share:g}; {hint}")

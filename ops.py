@@ -13,6 +13,7 @@ this rank's share: the mean over ranks, which DistributedDataParallel takes of t
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # Paper silent: the release's floor for L2 norms and mask areas
 
@@ -117,12 +118,35 @@ def area_prior(areas, p_pos=0.4, p_neg=0.0):
     return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs()  # Eq. (10)
 
 
+class _TotalVariation(torch.autograd.Function):
+    """The derivative of |x_p - x_q| is the sign of the difference at p, minus that at q: nothing but x has to be kept,
+    where autograd would keep every difference and pad the gradient of every slice with zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        rows = (x[..., 1:, :] - x[..., :-1, :]).abs_().mean((-2, -1))  # [..., H-1, W] -> [...]
+        columns = (x[..., 1:] - x[..., :-1]).abs_().mean((-2, -1))  # [..., H, W-1] -> [...]
+        return rows + columns  # Eq. (11)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        total = torch.zeros_like(x)
+        for dim in (-2, -1):
+            n = x.shape[dim] - 1
+            sign = (x.narrow(dim, 1, n) - x.narrow(dim, 0, n)).sign_()  # [..., H-1, W], [..., H, W-1]
+            sign *= (gradient / (sign.shape[-2] * sign.shape[-1])).unsqueeze(-1).unsqueeze(-1)
+            total.narrow(dim, 1, n).add_(sign)
+            total.narrow(dim, 0, n).sub_(sign)
+        return total
+
+
 def total_variation(x):
     """Anisotropic total variation of the smooth prior, one value a map: the loss is their mean.
 
     x: [..., H, W]. Returns [...]. Paper silent: the mean of |difference| along each axis, summed over the two axes (as
     the release).
     """
-    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((-2, -1))  # [..., H-1, W] -> [...]
-    horizontal = (x[..., :, 1:] - x[..., :, :-1]).abs().mean((-2, -1))  # [..., H, W-1] -> [...]
-    return vertical + horizontal  # Eq. (11)
+    return _TotalVariation.apply(x)

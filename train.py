@@ -29,7 +29,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -45,7 +44,6 @@ except ImportError:  # Windows
     resource = None
 
 STOP = (signal.SIGINT, signal.SIGTERM)
-BAD = ("replaced",)  # reasons of bad samples, in the order of a sample's counts
 CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")  # the newest first; next.pt exists while two files are renamed
 
 
@@ -205,7 +203,7 @@ def newest_checkpoint(args):
 
 def restore(run, args):
     """Takes up the checkpoint that --resume names: sets run.start and run.progress, 0 and zeros for a fresh start."""
-    run.start, run.progress = 0, {"skipped": 0, "in_a_row": 0, "bad": [0] * len(BAD), "best": None}
+    run.start, run.progress = 0, {"skipped": 0, "in_a_row": 0, "bad": [0] * len(data.REASONS), "best": None}
     found = None if args.measure_area_prior else newest_checkpoint(args)
     if found is None:
         return
@@ -359,14 +357,11 @@ def weights_of(args):
 
 def gradients(model, batch, run, args):
     """Forward and backward pass. Returns (loss terms without a graph, gradient norm before it was clipped)."""
-    device = batch[0].device.type
-    # On CPUs the flash kernel's backward pass is slow; the plain one takes about half the time.
-    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
-        with torch.autocast(device, run.dtype, enabled=run.dtype is not None):
-            losses = model(*batch, micro_batch=args.micro_batch)
-            loss = gcl.total_loss(losses, weights_of(args))
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
+    with torch.autocast(batch[0].device.type, run.dtype, enabled=run.dtype is not None):
+        losses = model(*batch, micro_batch=args.micro_batch)
+        loss = gcl.total_loss(losses, weights_of(args))
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
     return {name: value.detach() for name, value in losses.items()}, norm
@@ -387,13 +382,13 @@ def over_ranks(losses, norm, areas, counts, ranks):
 def train_step(model, batch, bad, run, args):
     """One optimiser step, skipped on all ranks when a loss term or the gradient of any is not finite.
 
-    bad: [B] or [B, reasons] counts of unusable samples. Returns what all ranks agree on: terms, norm, areas, finite,
+    bad: [B, reasons] counts of unusable samples. Returns what all ranks agree on: terms, norm, areas, finite,
     and stop, a signal that some rank has got, or 0.
     """
     losses, norm = gradients(model, batch, run, args)
-    bad = bad.reshape(len(bad), -1).sum(0)  # [reasons]
     got = torch.tensor([number in run.signals for number in STOP])
-    terms, norm, areas, counts = over_ranks(losses, norm, run.net.mask_areas, torch.cat([got, bad]), run.ranks)
+    counts = torch.cat([got, bad.sum(0)])  # [2 + reasons]
+    terms, norm, areas, counts = over_ranks(losses, norm, run.net.mask_areas, counts, run.ranks)
     finite = all(map(math.isfinite, (*terms.values(), norm)))
     if finite:
         run.scaler.step(run.optimizer)
@@ -413,11 +408,8 @@ def check_health(run, done, args):
     progress = run.progress
     if progress["in_a_row"] == 20:
         raise data.DataError(f"step {done - 1}: 20 non-finite gradients in a row; lower --lr or use --precision fp32")
-    seen, bad = done * args.batch_size, sum(progress["bad"])
-    if done % args.log_every == 0 and bad > args.max_bad * seen:
-        reasons = ", ".join(f"{name} {n}" for name, n in zip(BAD, progress["bad"], strict=True))
-        words = f"{bad} unusable samples in {seen} ({reasons}), more than --max-bad {args.max_bad}"
-        raise data.DataError(f"step {done}: {words}; look at them with data.py check")
+    if done % args.log_every == 0:
+        data.too_many_bad(progress["bad"], done * args.batch_size, args.max_bad)
 
 
 # ---- seeing it run --------------------------------------------------------------------------------------------------
@@ -440,7 +432,7 @@ def log_record(done, facts, clock, run, args):
     record |= {f"tau_{name}": math.exp(-net.log_scale[name].item()) for name in net.losses}
     record |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": facts.norm}
     record |= {"images_per_second": speed, "data_wait": clock.waited / seconds, "memory_gb": memory_gb(run.device)}
-    record |= {"skipped": run.progress["skipped"], "bad": dict(zip(BAD, run.progress["bad"], strict=True))}
+    record |= {"skipped": run.progress["skipped"], "bad": dict(zip(data.REASONS, run.progress["bad"], strict=True))}
     return record | {"eta_seconds": round((args.steps - done) * args.batch_size / speed)}
 
 
@@ -464,7 +456,8 @@ def evaluate_now(run, done, args, bar):
             where = (run.tokenizer, run.eval_args, run.device, run.rank, run.ranks)
             results[dataset.name], _ = evaluate.evaluate_set(dataset, run.net, *where)
     run.net.train()
-    miou, best = evaluate.average({"datasets": results}), run.progress["best"]
+    values, best = [result["miou"] for result in results.values()], run.progress["best"]
+    miou = None if None in values else round(sum(values) / len(values), 4)
     better = miou is not None and (best is None or miou > best["miou"])
     if better:
         run.progress["best"] = {"step": done, "miou": miou}
