@@ -7,8 +7,9 @@
 
 The stages: segment (a window against open_clip's own image forward of it), train (forward and backward against
 open_clip's image forward of the batch), pamr (against the tensor of all neighbours), loader (against decode and
-resize), evaluate (images a second, and where the time goes). Both sides of a ratio run in turn; it is the median of
-the rounds' ratios. Floors are always float32. Memory is the peak above an idle process, each in a fresh one.
+resize), shards (the scan of tar headers against tarfile's, and pairs read in random order against in order, from a disk
+whose cache was dropped), evaluate (images a second, and where the time goes). Both sides of a ratio run in turn; it is
+the median of the rounds' ratios. Floors are always float32. Memory is the peak above an idle process, each in its own.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ import evaluate
 import gcl
 import pamr
 
-STAGES = ("segment", "train", "pamr", "loader", "evaluate")
+STAGES = ("segment", "train", "pamr", "loader", "shards", "evaluate")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
@@ -50,14 +53,17 @@ def parse_args(argv=None):
     add("--window", type=int, default=448, help="side of the segmented window in pixels")
     add("--classes", type=int, nargs="+", default=[21, 60, 171], help="numbers of classes")
     add("--batches", type=int, nargs="+", default=[8, 16], help="batch sizes of the training step")
+    add("--micro-batch", type=int, metavar="M", help="images at a time in the training step, train.py's flag")
     add("--pamr-size", type=int, default=112, help="side of PAMR's masks")
     add("--images", type=int, default=4, help="images of the evaluation, and a sixteenth of the loader's pairs")
+    add("--pairs", type=int, default=20_000, help="synthetic pairs of the shards, about 30 kB each")
     add("--rounds", type=int, default=5, help="rounds of each measurement, after one to warm up")
     add("--threads", type=int, help="CPU threads; default: torch's own")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--peak", help=argparse.SUPPRESS)  # the child process of one memory measurement
     args = p.parse_args(argv)
-    sizes = [args.window, args.pamr_size, args.images, args.rounds, *args.classes, *args.batches, args.threads or 1]
+    sizes = [args.window, args.pamr_size, args.images, args.rounds, args.pairs, *args.classes, *args.batches]
+    sizes += [args.threads or 1, args.micro_batch or 1]
     if min(sizes) < 1:
         p.error("sizes, numbers, --rounds and --threads must be at least 1")
     if args.json and not Path(args.json).absolute().parent.is_dir():
@@ -72,11 +78,12 @@ def clock(device):
     return time.perf_counter()
 
 
-def compare(stage, floor, cases, args, device):
-    """Rows of cases {name: function}, each run in turn with the function floor."""
+def compare(stage, floor, cases, args, device, prepare=lambda: None):
+    """Rows of cases {name: function}, each run in turn with the function floor; prepare runs before each, untimed."""
     times = {name: [] for name in ("floor", *cases)}
     for k in range(args.rounds + 1):
         for name, function in {"floor": floor, **cases}.items():
+            prepare()
             start = clock(device)
             function()
             if k:  # the first round warms up
@@ -147,7 +154,7 @@ def make_step(args, device, batch):
 
     def step():
         with autocast(args, device):
-            loss = gcl.total_loss(net(images, tokens))
+            loss = gcl.total_loss(net(images, tokens, micro_batch=args.micro_batch))
         loss.backward()
         net.zero_grad(set_to_none=True)
 
@@ -207,20 +214,29 @@ def photo(seed, width=500, height=375):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def write_shard(path, jpegs):
+    """A tar as img2dataset writes it: .jpg, .json and .txt of every pair."""
+    with tarfile.open(path, "w") as tar:
+        for k, jpeg in enumerate(jpegs):
+            caption = f"a photo, number {k}"
+            fields = json.dumps({"caption": caption, "status": "success", "width": 500, "height": 375})
+            for suffix, content in (("jpg", jpeg), ("json", fields.encode()), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{k:09d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
 def loader(args, device):
     """Pairs a second of one process, against decode and resize of the same JPEGs."""
     clip, tokenizer = gcl.load_clip(args.model, None)
     size, jpegs = clip.visual.image_size[0], []
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(f"{folder}/0.tar", "w") as tar:
-            for k in range(16 * args.images):
-                file = io.BytesIO()
-                photo(k).save(file, "JPEG", quality=90)
-                jpegs.append(file.getvalue())
-                for suffix, content in (("jpg", jpegs[-1]), ("txt", f"a photo, number {k}".encode())):
-                    info = tarfile.TarInfo(f"{k:04d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        for k in range(16 * args.images):
+            file = io.BytesIO()
+            photo(k).save(file, "JPEG", quality=90)
+            jpegs.append(file.getvalue())
+        write_shard(f"{folder}/0.tar", jpegs)
         transform = data.train_transform(size, gcl.CLIP_NORM, False)
         pairs = data.PairDataset([f"{folder}/0.tar"], transform, tokenizer, (size // 4, size // 4))
         threads = torch.get_num_threads()
@@ -234,6 +250,43 @@ def loader(args, device):
         found = compare("loader", bare, cases, args, torch.device("cpu"))[0]
         torch.set_num_threads(threads)
     return [found | {"images_per_second": len(jpegs) / found["seconds"]}]
+
+
+def tarfile_scan(path):
+    """The library's way to the places of a shard's members."""
+    with tarfile.open(path, "r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar]
+
+
+def drop_caches(paths):
+    """Writes files out and drops them from memory, so that the next read comes from the disk (where the system can)."""
+    for path in paths if hasattr(os, "posix_fadvise") else ():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def shards(args, device):
+    """The scan of the headers, and 16 readers that take pairs in random order against in the order they lie in."""
+    rng, each, bytes_ = np.random.default_rng(0), min(args.pairs, 10_000), os.urandom(32_000)
+    with tempfile.TemporaryDirectory() as folder, ThreadPool(16) as pool:
+        sizes = rng.integers(24_000, 32_000, (args.pairs // each, each))
+        paths = [write_shard(f"{folder}/{k}.tar", (bytes_[:n] for n in row)) for k, row in enumerate(sizes)]
+        index = data.index_shards(paths)
+        places = [(path, index[len(paths) + k * each + i]) for k, path in enumerate(paths) for i in range(each)]
+        mixed = [places[k] for k in rng.permutation(len(places))]
+        cold, many = partial(drop_caches, paths), {"headers": 3 * len(places), "pairs": len(places)}
+
+        def scan(function):
+            return lambda: list(data.in_parallel(function, paths, len(paths), ""))
+
+        def read(items):
+            return lambda: list(pool.imap_unordered(lambda item: data.read_bytes(*item), items, chunksize=64))
+
+        names = [f"scan of {many['headers']:,} headers", f"random reads of {many['pairs']:,} pairs"]
+        found = compare("shards", scan(tarfile_scan), {names[0]: scan(data.scan_shard)}, args, device, cold)
+        found += compare("shards", read(places), {names[1]: read(mixed)}, args, device, cold)
+    return [r | {"per_second": {k: n / r["seconds"]}} for r, (k, n) in zip(found, many.items(), strict=True)]
 
 
 def whole_evaluation(args, device):
@@ -281,6 +334,7 @@ def peak(case, args):
     command = [sys.executable, __file__, "--peak", case, "--model", args.model, "--precision", args.precision]
     command += ["--pamr-size", str(args.pamr_size), "--threads", str(torch.get_num_threads())]
     command += ["--device", args.device] if args.device else []
+    command += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -321,6 +375,7 @@ def note(found):
         said.append(f"{found['bytes'] / 1e6:.0f} MB")
     if "floor_bytes" in found:
         said.append(f"yardstick {found['floor_bytes'] / 1e6:.0f} MB, differs by {found['largest_difference']:.0e}")
+    said += [f"{n:,.0f} {name}/s" for name, n in found.get("per_second", {}).items()]
     if "images_per_second" in found:
         said.append(f"{found['images_per_second']:.2f} images/s")
     return ", ".join(said + [f"{name} {share:.0%}" for name, share in found.get("split", {}).items()])
@@ -332,7 +387,7 @@ def main(args):
     device = gcl.pick_device(args.device)
     if args.peak:
         return print_peak(args, device)
-    functions = dict(zip(STAGES, (segment, train, refine, loader, whole_evaluation), strict=True))
+    functions = dict(zip(STAGES, (segment, train, refine, loader, shards, whole_evaluation), strict=True))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(f"{args.model}, {args.precision}, {name}, torch {torch.__version__}, median of {args.rounds} rounds\n")
     print("| stage | what | seconds | floor | ratio | |\n|---|---|---|---|---|---|", flush=True)
