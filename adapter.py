@@ -212,7 +212,8 @@ class GatedBlock(nn.Module):
         weight, bias = gate * self.conv.weight, gate * self.conv.bias  # tanh(g) Conv(x) has tanh(g) times the weights
         with torch.autocast(kind, enabled=False):
             x = x.permute(0, 2, 3, 1).contiguous()  # [B, H, W, D], which the convolution and LayerNorm take as it is
-            x = _Residual.apply(x, self.norm.weight, self.norm.bias, weight.to(dtype), bias, up)  # Eq. (13)
+            # Eq. (13): x + tanh(g) * Conv(GELU(LayerNorm(x))), the gate inside weight and bias
+            x = _Residual.apply(x, self.norm.weight, self.norm.bias, weight.to(dtype), bias, up)
         return x.permute(0, 3, 1, 2)  # [B, D, H, W]
 
 
@@ -222,6 +223,7 @@ class Adapter(nn.Module):
     def __init__(self, width, stages=2):
         super().__init__()
         self.stages = nn.ModuleList(
+            # The first is what the block after it takes in; it stands here for the names of the weights.
             nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), GatedBlock(width), GatedBlock(width))
             for _ in range(stages)
         )

@@ -32,7 +32,6 @@ import time
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +186,18 @@ def scan_shards(shards):
     return [counts, *(rows for _, rows in scanned)]
 
 
+def write_parts(path, parts):
+    """Empties the list parts into one .npy file [.., 4], so that no second copy of an index is ever held."""
+    index = np.lib.format.open_memmap(path, "w+", np.uint32, (sum(map(len, parts)), 4))
+    parts.reverse()
+    at = 0
+    while parts:
+        part = parts.pop()
+        index[at : at + len(part)] = part
+        at += len(part)
+    index.flush()
+
+
 def open_index(path, shards):
     """The index in a file, mapped, so that all processes of a node share its memory; None if it is not there, whole."""
     try:
@@ -227,8 +238,7 @@ def index_shards(shards, folder=None):
         if (index := open_index(path, len(shards))) is None:
             parts = scan_shards(shards)
             path.parent.mkdir(parents=True, exist_ok=True)
-            open_new = partial(np.lib.format.open_memmap, mode="w+", dtype=np.uint32, shape=(sum(map(len, parts)), 4))
-            write_whole(path, lambda temporary: np.concatenate(parts, out=open_new(temporary)).flush())
+            write_whole(path, lambda temporary: write_parts(temporary, parts))
             index = open_index(path, len(shards))
     return index
 
@@ -915,7 +925,8 @@ def read_benchmark(name, data_root):
     folders = [root / pattern.split("{id}")[0] for pattern in (bench.images, bench.labels[-1][0])]
     listed = [root / bench.list] if bench.list else []
     if missing := [p for p in folders + listed if not p.exists()] if root.is_dir() else [root]:
-        hint = " (python data.py prepare-context makes labels and list)" if name.startswith("context") else ""
+        prepared = name.startswith("context") and root.is_dir()
+        hint = " (python data.py prepare-context makes labels and list)" if prepared else ""
         raise DataError(f"{name}: {', '.join(map(str, missing))} missing{hint}")
     if bench.list:
         ids = read_list(root / bench.list)
@@ -1111,6 +1122,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.workers < 1:
         p.error("--workers must be at least 1")
+    sets = [name for name in getattr(args, "shards", []) if name.endswith(".json") or name in BENCHMARKS]
+    if sets:
+        p.error(f"{sets[0]} is no tar shard; labelled sets go to --datasets")
     return args
 
 

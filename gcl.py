@@ -354,7 +354,7 @@ class GCL(nn.Module):
     def segment_clip(self, images, text, method="maskclip", refine=None):
         """Masks of the frozen CLIP alone, its last block under one of METHODS; the other arguments as in segment.
 
-        "maskclip" is MaskCLIP-dagger of Table 1, "maskclip-refined" its MaskCLIP. Masks are made, refined and resized
+        "maskclip" is MaskCLIP† of Table 1, "maskclip-refined" its MaskCLIP. Masks are made, refined and resized
         as those of the knowledge preservation branch. ValueError for an unknown method.
         """
         if method not in METHODS:

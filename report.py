@@ -588,10 +588,11 @@ def write_curves(path, log):
     for k, (name, points) in enumerate(series.items()):
         left, top = gap + k % 2 * (width + gap), gap + k // 2 * (height + gap)
         low, high = points.min(0), points.max(0)
+        span = f"{low[1]:.4g} to {high[1]:.4g}, now {points[-1, 1]:.4g}, steps {low[0]:.0f} to {high[0]:.0f}"
+        low[1] = min(low[1], high[1] - 0.01 * abs(high[1]))  # rounding is no slope
         places = (points - low) / np.where(high > low, high - low, 1)  # [n, 2], 0 to 1 along both axes
         draw.rectangle((left, top, left + width, top + height), outline="grey")
         draw.line([(left + x * width, top + (1 - y) * height) for x, y in places], (200, 40, 40), 2)
-        span = f"{low[1]:.4g} to {high[1]:.4g}, now {points[-1, 1]:.4g}, steps {low[0]:.0f} to {high[0]:.0f}"
         put_text(draw, (left, top - 17), f"{name}: {span}", 13)
     save_png(path, sheet)
 

@@ -490,7 +490,7 @@ STORY = [  # title, numbers of its equations, what is to be seen; {other} is ano
     ("Masked picture", (2, 6),
      "What is left goes through CLIP as a picture of its own. It has to be like its text and unlike the other texts, "
      "so the mask must keep what the text means. Grey is cut out."),
-    ("A negative mask", (8, 9),
+    ("A negative mask", (5, 8, 9),
      'The mask of another pair\'s text, "{other}", in this picture. It should be empty. The places of each mask are '
      "averaged to one vector per picture and text."),
     ("Masked pictures against texts", (6, 7),
@@ -536,7 +536,9 @@ def story_pairs(shard, count=6):
         named = [name for name in CLASSES if name in text]
         if len(named) == 1 and named[0] in OBJECTS and len(found) < count:
             found.setdefault(named[0], (np.array(image), text))
-    return [image for image, _ in found.values()], [text for _, text in found.values()]
+    story = [*found.values()]
+    story = story[2:] + story[:2]  # seed 0's third picture, a ladybug on grass, holds nothing that its text leaves out
+    return [image for image, _ in story], [text for _, text in story]
 
 
 def as_blue(values, low, high):

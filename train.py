@@ -86,10 +86,10 @@ def add_flags(p):
     add("--resume", default="auto", help="auto: go on from the newest whole checkpoint in OUT; never; or a file")
     add("--save-every", type=int, default=1000, help="steps between checkpoints, and pictures")
     add("--log-every", type=int, default=50, help="steps between log lines")
-    add("--eval", nargs="+", metavar="NAME|SPEC.json", help="sets to evaluate as it goes; the best becomes best.pt")
+    add("--eval", nargs="+", metavar="NAME|SPEC.json", help="sets to evaluate as it goes (no PAMR), for best.pt")
     add("--eval-every", type=int, default=5000, help="steps between evaluations of --eval")
     add("--max-bad", type=float, default=0.1, metavar="SHARE", help="stop when more samples than this are unusable")
-    add("--timeout", type=int, default=1800, metavar="SECONDS", help="longest wait for another rank before giving up")
+    add("--timeout", type=int, default=1800, metavar="SECONDS", help="longest wait for another rank in a step")
     area = "print MaskCLIP's mean positive mask area over N pairs, then end: p+ (Sec. 3.3)"
     add("--measure-area-prior", type=int, nargs="?", const=10_000, metavar="N", help=area)
     add("--device", help="cuda, mps or cpu; default: the best there is")
@@ -250,10 +250,13 @@ def join(run, args):
 
     Nobody waits for another's scan of the shards in a collective, whose timeout would be too short, but at the store.
     """
-    store, _, _ = next(dist.rendezvous("env://", run.rank, run.ranks))
     mine, keys = f"step {run.start} of {len(run.pairs)} pairs", [f"start/{rank}" for rank in range(run.ranks)]
-    store.set(keys[run.rank], mine)
-    store.wait(keys, timedelta(days=1))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", run.rank, run.ranks))
+        store.set(keys[run.rank], mine)
+        store.wait(keys, timedelta(days=1))
+    except RuntimeError as error:
+        raise data.DataError(f"not all {run.ranks} ranks have started ({gcl.first_line(error)})") from error
     for rank, key in enumerate(keys):
         if (other := store.get(key).decode()) != mine:
             words = f"rank {run.rank} would start at {mine}, rank {rank} at {other}"
@@ -298,6 +301,9 @@ def begin_logs(run, args):
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob("*.pt.*.tmp"):  # of a kill during a write
         leftover.unlink()
+    if args.resume == "never":  # or a later --resume auto would go on with the old run
+        for name in (*CHECKPOINTS, "best.pt"):
+            (out / name).unlink(missing_ok=True)
     facts = {"ranks": run.ranks, "pairs": len(run.pairs), "commit": git_commit(), "python": platform.python_version()}
     facts |= {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")}
     old = (out / "log.jsonl").read_text().splitlines() if run.start and (out / "log.jsonl").is_file() else []
@@ -448,7 +454,10 @@ def read_eval_sets(run, args):
 
 
 def evaluate_now(run, done, args, bar):
-    """mIoU of the --eval sets under the protocol without PAMR, which is slow; the best net so far becomes best.pt."""
+    """mIoU of the --eval sets under the protocol without PAMR, which is slow; the best net so far becomes best.pt.
+
+    Returns whether it is the best.
+    """
     run.net.eval()
     results = {}
     with held_signals():
@@ -462,10 +471,12 @@ def evaluate_now(run, done, args, bar):
     if better:
         run.progress["best"] = {"step": done, "miou": miou}
     if run.rank == 0:
-        record = {"step": done, "miou": miou} | {f"miou_{name}": result["miou"] for name, result in results.items()}
+        record = {"step": done, "miou": miou, "partial": any(result.get("partial") for result in results.values())}
+        record |= {f"miou_{name}": result["miou"] for name, result in results.items()}
         report.write_log(record | {"best_step": (run.progress["best"] or {}).get("step")}, args.out, bar)
         if better:
             run.net.save(Path(args.out, "best.pt"), **run.progress["best"])
+    return better
 
 
 @torch.no_grad()
@@ -547,13 +558,15 @@ def after_step(done, facts, clock, run, args, bar):
             report.write_log(log_record(done, facts, clock, run, args), args.out, bar)
         clock.since, clock.step, clock.waited = time.perf_counter(), done, 0.0
     trained = time.perf_counter()
-    if run.sets and (done % args.eval_every == 0 or last):
-        evaluate_now(run, done, args, bar)
-    if run.rank == 0 and (done % args.save_every == 0 or last or facts.stop):
+    due = done % args.save_every == 0 or last
+    if run.rank == 0 and (due or facts.stop):  # first of all: a launcher that has sent a signal does not wait
         save(run, done, args)
-        if not facts.stop:  # a launcher does not wait for pictures
-            draw_samples(run, Path(args.out, "samples.png"))
-            report.write_curves(Path(args.out, "loss.png"), Path(args.out, "log.jsonl"))
+    if run.sets and not facts.stop and (done % args.eval_every == 0 or last):
+        if evaluate_now(run, done, args, bar) and run.rank == 0:
+            save(run, done, args)  # it holds which step was the best
+    if run.rank == 0 and due and not facts.stop:
+        draw_samples(run, Path(args.out, "samples.png"))
+        report.write_curves(Path(args.out, "loss.png"), Path(args.out, "log.jsonl"))
     clock.since += time.perf_counter() - trained  # what stands above is no part of images per second
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import evaluate
 import gcl
+import report
 import train
 
 
@@ -238,6 +240,33 @@ def test_a_signal_writes_a_checkpoint_first(world, trained, tmp_path, number, ra
     assert float(whole["model"]["w"]) == pytest.approx(float(resumed["model"]["w"]), rel=2e-3)
 
 
+def test_a_checkpoint_comes_before_evaluation_and_pictures(monkeypatch):
+    """A launcher that has sent a signal does not wait: nothing but the checkpoint is written then."""
+    calls = []
+    for owner, name in ((train, "save"), (train, "evaluate_now"), (train, "draw_samples"), (report, "write_curves")):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name) or name == "evaluate_now")
+    args = SimpleNamespace(steps=6, log_every=100, save_every=2, eval_every=2, out="out")
+    run = SimpleNamespace(rank=0, sets=["a set"], progress={"in_a_row": 0})
+    clock = SimpleNamespace(since=0.0)
+    for done, stop, expected in (
+        (2, 0, ["save", "evaluate_now", "save", "draw_samples", "write_curves"]),  # again: it was the best
+        (3, 0, []),
+        (3, signal.SIGTERM, ["save"]),
+        (4, signal.SIGTERM, ["save"]),
+    ):
+        calls.clear()
+        train.after_step(done, SimpleNamespace(stop=stop), clock, run, args, SimpleNamespace(update=lambda: None))
+        assert calls == expected
+
+
+def test_resume_never_leaves_no_checkpoint_of_the_old_run(world, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "out" / "best.pt").touch()
+    args = train.parse_args([*world[1], *SHORT, *CPU, "--resume", "never", "--out", str(tmp_path / "out")])
+    train.begin_logs(train.start_run(args), args)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
 DIES = """
 save, count = torch.save, []
 def half(fields, path):
@@ -366,7 +395,9 @@ def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
     assert (best["step"], best["miou"]) == (4, 30.0) and gcl.load(tmp_path / "out" / "best.pt")
     assert last["progress"]["best"] == {"step": 4, "miou": 30.0}
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert [x for x in lines if "miou" in x][2] == {"step": 6, "miou": 20.0, "miou_set": 20.0, "best_step": 4}
+    assert [x for x in lines if "miou" in x][2] == {
+        **{"step": 6, "miou": 20.0, "partial": False, "miou_set": 20.0, "best_step": 4}
+    }
 
 
 def test_evaluation_is_that_of_evaluate_py(world, tmp_path):
