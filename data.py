@@ -21,9 +21,9 @@ import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
+import secrets
 import struct
 import sys
 import tarfile
@@ -31,6 +31,8 @@ import tempfile
 import time
 import warnings
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,7 @@ except ImportError:  # Windows
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # whatever the suffix says; no format that runs other programs
 REASONS = ("shard", "image", "size", "caption")  # why a sample is bad
+SHOWN = 5  # files of a set that are named when many are wrong or missing
 ENOUGH = 1000  # samples, before their share of bad ones can stop a run
 JSON = 2**31  # added to the size of a text in the index where it is a .json
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL says SyntaxError for a broken PNG
@@ -61,16 +64,31 @@ class DataError(ValueError):
 
 def in_parallel(function, items, processes, what):
     """Yields function(item) of all items in their order, from a pool where processes is above 1, under a bar."""
-    with multiprocessing.Pool(processes) if processes > 1 and items else contextlib.nullcontext() as pool:
-        results = pool.imap(function, items, chunksize=1 + len(items) // 1000) if pool else map(function, items)
-        yield from tqdm(results, desc=what, total=len(items), leave=False, delay=1)
+    with tqdm(desc=what, total=len(items), leave=False, delay=1) as bar:
+        if processes < 2 or not items:
+            for item in items:
+                yield function(item)
+                bar.update()
+            return
+        pool = ProcessPoolExecutor(processes)  # unlike multiprocessing.Pool it notices when a process was killed
+        try:
+            for result in pool.map(function, items, chunksize=1 + len(items) // 1000):
+                yield result
+                bar.update()
+        except BrokenProcessPool as error:
+            raise DataError(f"{what}: one of {processes} processes was killed; out of memory?") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def write_whole(path, write):
     """write(temporary path), then the final name: a file is whole or not there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another node may have the same process id
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- image-text shards: where the pairs lie -------------------------------------------------------------------------
@@ -88,7 +106,7 @@ def expand_shards(patterns):
             if missing := [name for name in names if not os.path.isfile(name)]:
                 raise DataError(f"--data {pattern}: {missing[0]} is missing ({len(missing)} of {len(names)} shards)")
         else:
-            names = sorted(glob.glob(pattern))
+            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
         if not names:
             raise DataError(f"--data {pattern}: no such shard; download CC3M/CC12M with img2dataset or give --data")
         found += names
@@ -400,6 +418,10 @@ class PairDataset(Dataset):
         noise = torch.rand(1, *self.noise_size, generator=generator)  # [1, H, W]
         return image, self.tokenizer([caption])[0], noise, bad
 
+    def fingerprint(self):
+        """A digest of where all pairs lie: other shards, or the same with other members, have another."""
+        return hashlib.sha256(np.ascontiguousarray(self.index)).hexdigest()
+
     def locate(self, index):
         """(shard path, row of the index) of a pair."""
         return self.shards[bisect.bisect_right(self.ends, index)], self.index[len(self.shards) + index]
@@ -641,7 +663,7 @@ def read_spec(path):
         for needed in (image, label):
             if not os.path.isfile(needed):
                 raise DataError(f"{path}: {needed} is missing")
-    palette = spec["palette"] or voc_palette(len(classes) + 1)[1 - int(spec["background"]) :][: len(classes)]
+    palette = (spec["palette"] or voc_palette(len(classes) + 1)[1 - int(spec["background"]) :])[: len(classes)]
     return SegmentationSet(spec["name"], classes, spec["background"], items, palette)
 
 
@@ -690,13 +712,15 @@ def read_list(path):
     ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not ids:
         raise DataError(f"{path}: holds no image ids")
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{path}: holds {max(ids, key=ids.count)} twice")
     return ids
 
 
 def read_text(path):
     """A UTF-8 text file; DataError when it is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a text file that can be read ({error})") from error
 
@@ -944,8 +968,8 @@ def read_benchmark(name, data_root):
         missing += [path for path, there in ((image, image.is_file()), (label, lut is not None)) if not there]
         items.append((i, str(image), str(label), lut))
     if missing:
-        more = f" and {len(missing) - 1} more images or labels" if len(missing) > 1 else ""
-        raise DataError(f"{name}: {missing[0]}{more} missing")
+        more = f" and {len(missing) - SHOWN} more images or labels" if len(missing) > SHOWN else ""
+        raise DataError(f"{name}: {', '.join(map(str, missing[:SHOWN]))}{more} missing")
     return SegmentationSet(name, bench.classes, bench.background, items, bench.palette, bench.full, bench.partial)
 
 
@@ -962,7 +986,6 @@ def read_set(name_or_spec, data_root):
 # ---- python data.py check -------------------------------------------------------------------------------------------
 
 TABLE = "{:<13}{:<9}{:<14}{:<24}{}"  # a line of the table
-SHOWN = 5  # files of a set that are named when many are wrong
 
 
 def pair_or_error(paths):
@@ -1092,7 +1115,7 @@ def prepare_context(data_root, mats=None, workers=1):
     pairs[0][1].parent.mkdir(exist_ok=True)
     list(in_parallel(context_label, todo, workers, "PASCAL Context"))
     if not listed.is_file():  # last: what it lists is there
-        listed.parent.mkdir(exist_ok=True)
+        listed.parent.mkdir(parents=True, exist_ok=True)
         write_whole(listed, lambda temporary: temporary.write_text("".join(f"{i}\n" for i in ids)))
     print(f"{listed}: {len(ids)} images; {len(todo)} label PNGs written, {len(ids) - len(todo)} were there")
     if len(ids) != bench.full:

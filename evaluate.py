@@ -108,7 +108,7 @@ def parse_args(argv=None):
 def resized(height, width, short_side, long_side=LONG_SIDE):
     """(height, width) with the aspect kept: the shorter side at short_side, the longer at most long_side."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def windows(height, width, size, stride):
@@ -395,6 +395,7 @@ def prepare(args):
         data.check_labels(dataset)
         if args.predictions:
             check_predictions(args, dataset)
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # found out now, not after the first set
     return sets, device, net, tokenizer
 
 

@@ -387,6 +387,8 @@ class GCL(nn.Module):
         try:
             torch.save({**fields, **extra}, temporary)
             os.replace(temporary, path)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path}: could not be written ({first_line(error)})") from error
         finally:
             Path(temporary).unlink(missing_ok=True)
 

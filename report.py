@@ -164,6 +164,8 @@ def notes(results):
         yield "Protocol not known", "nothing records whether this run, or who made its label files, kept to it."
     if partial:
         yield "Partial", f"only some of the images of {', '.join(partial)}."
+    elif results.get("partial"):
+        yield "Unfinished", "sets that were asked for are missing."
 
 
 def beside(results, caption, paper, titles, names, field):
@@ -574,12 +576,20 @@ def write_samples(path, images, masks, captions):
     save_png(path, sheet)
 
 
+def log_step(line):
+    """The step of a line of log.jsonl; infinite for a line that a kill has cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 CURVES = ("loss", "gcl_v", "gcl_f", "cl", "area_pos", "area_neg", "tv_mask", "tv_dense", "grad_norm", "miou")
 
 
 def write_curves(path, log):
     """A PNG of what train.py's log.jsonl says over the steps: loss, its terms, gradient norm, mIoU; a panel each."""
-    lines = [json.loads(text) for text in Path(log).read_text().splitlines()]
+    lines = [json.loads(text) for text in Path(log).read_text().splitlines() if log_step(text) < math.inf]
     series = {name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in CURVES}
     series = {name: np.array(points) for name, points in series.items() if points}  # [n, 2]
     width, height, gap = 420, 170, 30

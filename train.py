@@ -112,8 +112,13 @@ def complaint(args):
             f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps} (at least 1)",
         ),
         (low, f"--{low[0].replace('_', '-') if low else ''} must be at least 1"),
-        (min(weights) < 0, "--seed, --workers, --weight-decay and the --lambda flags cannot be negative"),
-        (args.clip_grad <= 0, "--clip-grad must be above 0"),
+        (
+            not all(weight >= 0 for weight in weights),
+            "--seed, --workers, --weight-decay and the --lambda flags cannot be negative",
+        ),
+        (not (args.clip_grad > 0 and args.scalar_lr_mult > 0), "--clip-grad and --scalar-lr-mult must be above 0"),
+        (not 0 <= args.area_prior <= 1, f"--area-prior {args.area_prior} must lie between 0 and 1"),
+        (args.seed >= 2**32, f"--seed {args.seed} must be below 2^32"),
         (not 0 <= args.max_bad <= 1, f"--max-bad {args.max_bad} must lie between 0 and 1"),
         (os.path.exists(args.out) and not os.path.isdir(args.out), f"--out {args.out}: is a file, not a folder"),
         (not 0 < args.min_lr <= args.lr, f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}"),
@@ -214,9 +219,9 @@ def restore(run, args):
         if checkpoint["args"].get(name) != getattr(args, name):
             flag = f"--{name.replace('_', '-')} {checkpoint['args'].get(name)}"
             raise gcl.CheckpointError(f"{path}: was trained with {flag}; give the same, or another --out")
-    if checkpoint["pairs"] != len(run.pairs):
-        pairs = f"{checkpoint['pairs']:,} pairs, --data now has {len(run.pairs):,}"
-        raise gcl.CheckpointError(f"{path}: was trained on {pairs}: their order would differ; give another --out")
+    if checkpoint["pairs"] != run.pairs.fingerprint():
+        now = f"--data now has {len(run.pairs):,} pairs whose places in the shards differ"
+        raise gcl.CheckpointError(f"{path}: was trained on other pairs, {now}; give the same shards, or another --out")
     gcl.restore(run.net, checkpoint, path)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty unless the run was in float16
@@ -228,7 +233,7 @@ def save(run, done, args):
     """last.pt for step done, and the one before as previous.pt: at any moment a whole one is there."""
     out = Path(args.out)
     state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "args": vars(args)}
-    run.net.save(out / "next.pt", step=done, progress=run.progress, pairs=len(run.pairs), **state)
+    run.net.save(out / "next.pt", step=done, progress=run.progress, pairs=run.pairs.fingerprint(), **state)
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "previous.pt")
     os.replace(out / "next.pt", out / "last.pt")
@@ -250,7 +255,8 @@ def join(run, args):
 
     Nobody waits for another's scan of the shards in a collective, whose timeout would be too short, but at the store.
     """
-    mine, keys = f"step {run.start} of {len(run.pairs)} pairs", [f"start/{rank}" for rank in range(run.ranks)]
+    pairs = f"{len(run.pairs)} pairs ({run.pairs.fingerprint()[:8]})"
+    mine, keys = f"step {run.start} of {pairs}", [f"start/{rank}" for rank in range(run.ranks)]
     try:
         store, _, _ = next(dist.rendezvous("env://", run.rank, run.ranks))
         store.set(keys[run.rank], mine)
@@ -307,7 +313,7 @@ def begin_logs(run, args):
     facts = {"ranks": run.ranks, "pairs": len(run.pairs), "commit": git_commit(), "python": platform.python_version()}
     facts |= {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")}
     old = (out / "log.jsonl").read_text().splitlines() if run.start and (out / "log.jsonl").is_file() else []
-    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= run.start]
+    kept = [line for line in old if report.log_step(line) <= run.start]
     config = json.dumps(vars(args) | facts, indent=1)
     for name, lines in (("config.json", [config]), ("log.jsonl", kept)):
         (out / (name + ".tmp")).write_text("".join(line + "\n" for line in lines))
@@ -444,9 +450,9 @@ def log_record(done, facts, clock, run, args):
 
 def read_eval_sets(run, args):
     """run.sets and run.eval_args of --eval, every label checked before the first step."""
-    run.sets = []
+    run.sets, flags = [], ["--no-pamr", "--workers", str(args.workers), "--out", args.out]
     if args.eval and not args.measure_area_prior:
-        run.eval_args = evaluate.parse_args(["--datasets", *args.eval, "--no-pamr", "--workers", str(args.workers)])
+        run.eval_args = evaluate.parse_args(["--datasets", *args.eval, *flags])
         run.eval_args.precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
         run.sets = evaluate.read_sets(run.eval_args)
         for dataset in run.sets:

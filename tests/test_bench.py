@@ -12,7 +12,23 @@ from conftest import assert_close
 import bench
 import pamr
 
-SMALL = ["--window", 32, "--classes", 2, 3, "--batches", 2, "--pamr-size", 24, "--images", 1, "--rounds", 2]
+SMALL = [
+    "--window",
+    32,
+    "--classes",
+    2,
+    3,
+    "--batches",
+    2,
+    "--pamr-size",
+    24,
+    "--images",
+    1,
+    "--pairs",
+    20,
+    "--rounds",
+    2,
+]
 
 
 def test_bench_measures_all_stages_and_its_ratios_are_of_its_times(tmp_path):
@@ -22,7 +38,8 @@ def test_bench_measures_all_stages_and_its_ratios_are_of_its_times(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = result["rows"]
-    assert [row["stage"] for row in rows] == ["segment"] * 4 + ["train"] + ["pamr"] * 2 + ["loader", "evaluate"]
+    stages = ["segment"] * 4 + ["train"] + ["pamr"] * 2 + ["loader"] + ["shards"] * 2 + ["evaluate"]
+    assert [row["stage"] for row in rows] == stages
     assert result["threads"] == 1 and "1 CPU thread" in done.stdout
     for row in rows:
         assert len(row["times"]) == len(row["floor_times"]) == 2 and min(row["times"] + row["floor_times"]) > 0

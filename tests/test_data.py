@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 import struct
 import sys
 import tarfile
@@ -441,6 +442,9 @@ def test_too_many_bad_samples_stop_with_the_counts():
     data.too_many_bad(torch.tensor([0, 60, 0, 40]), 900, 0.1)
     with pytest.raises(data.DataError, match=r"101 of 1001 .*shard 0, image 60, size 1, caption 40.*--max-bad"):
         data.too_many_bad(torch.tensor([0, 60, 1, 40]), 900, 0.1)
+    data.too_many_bad([0, 500, 0, 0], 499, 0.1)
+    with pytest.raises(data.DataError):
+        data.too_many_bad([0, 500, 0, 0], 500, 0.1)  # bad ones count as seen
 
 
 def test_the_training_transform_crops_flips_and_normalises():
@@ -455,6 +459,18 @@ def test_the_training_transform_crops_flips_and_normalises():
         for v in (data.train_transform(16, gcl.CLIP_NORM, False)(ramp) for _ in range(40))
     ]
     assert 8 < sum(slopes) < 32  # half of them are flipped
+    steps = data.train_transform(16, gcl.IMAGENET_NORM, strong=True).transforms
+    assert (steps[0].scale, steps[2].num_ops, steps[2].magnitude) == ((0.08, 1.0), 2, 9)
+    assert (steps[-1].p, steps[-1].value) == (0.25, "random")
+
+
+def die(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_process_is_said(tmp_path):
+    with pytest.raises(data.DataError, match="scanning: one of 2 processes was killed"):
+        list(data.in_parallel(die, range(4), 2, "scanning"))
 
 
 # ---- python data.py check ----

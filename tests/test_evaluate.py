@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, golden, run_ranks
 from PIL import Image
 from tiny import check_refused, make_clip, make_set, make_shards, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
@@ -69,6 +71,7 @@ def test_windows_are_those_of_a_walk_from_the_left():
 
 
 def test_the_shorter_side_is_448_and_the_longer_at_most_2048():
+    assert evaluate.resized(5000, 1, 448) == (2048, 1)  # never nothing
     assert evaluate.resized(375, 500, 448) == (448, 597)
     assert evaluate.resized(500, 375, 448) == (597, 448)
     assert evaluate.resized(1024, 2048, 448) == (448, 896)
@@ -113,6 +116,24 @@ def test_the_best_class_is_the_argmax_of_all_resized_masks():
         value, index = evaluate.best_class(masks, (23, 40), chunk)
         torch.testing.assert_close(value, whole.max(0).values)
         assert torch.equal(index, whole.argmax(0)) and not (index == 20).any()
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found = max([self.found, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))])
+        return result
+
+
+def test_the_best_class_never_holds_a_map_of_all_classes():
+    masks = torch.rand(171, 7, 9)
+    with Largest() as largest:
+        evaluate.best_class(masks, (60, 80))
+    assert largest.found <= 171 * 60 * 80 / 8
 
 
 def test_the_background_is_a_constant_channel_in_front():
@@ -275,7 +296,7 @@ def test_the_failure_of_one_rank_is_said_once_and_ends_all(world, tmp_path):
     result = run("evaluate.py", "--datasets", spec, *options, "--device", "cpu", ranks=2)
     assert result.returncode == 1
     named = [line for line in result.stderr.splitlines() if "images/3.png: not an image that can be read" in line]
-    assert len(named) == 1 and "error: /" in named[0] and not (tmp_path / "out").exists()
+    assert len(named) == 1 and "error: /" in named[0] and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("broken", ["images/1.png", "labels/1.png"])

@@ -173,3 +173,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     kilobytes = int(done.stdout) / (1024 if sys.platform == "darwin" else 1)
     assert kilobytes < 180_000, f"{kilobytes / 1000:.0f} MB"
+
+
+def test_the_defaults_and_the_scale_of_the_colours():
+    """Ten iterations, six dilations; an affine change of the colours changes nothing, a faint image neither."""
+    assert pamr.pamr.__defaults__ == (10, ALL)
+    torch.manual_seed(1)
+    image, mask = torch.rand(1, 3, 12, 14, dtype=torch.float64), torch.rand(1, 2, 12, 14, dtype=torch.float64)
+    whole = pamr.pamr(image, mask)
+    torch.testing.assert_close(pamr.pamr(image * 1e-4 + 0.3, mask), whole, rtol=0.01, atol=1e-3)

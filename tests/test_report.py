@@ -442,3 +442,28 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="no space"):
         report.save_png(tmp_path / "a.png", Broken())
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_log_line_is_json_and_says_why_samples_were_bad(tmp_path, capsys):
+    class Bar:
+        write = staticmethod(lambda text, file: print(text, file=file))
+
+    record = {"step": 4, "loss": float("nan"), "bad": {"image": 2, "caption": 0}, "eta_seconds": 3661}
+    report.write_log(record, tmp_path, Bar)
+    line = capsys.readouterr().out
+    assert "bad 2  image 2" in line and "caption" not in line and "eta 1:01:01" in line
+
+    def refuse(name):
+        raise ValueError(name)
+
+    found = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert found == record | {"loss": None}
+
+
+def test_a_rising_curve_rises_and_a_cut_line_is_left_out(tmp_path):
+    log = "".join(json.dumps({"step": k, "loss": 1.0 + k}) + "\n" for k in range(5))
+    (tmp_path / "log.jsonl").write_text(log + '{"step": 5, "bad": {"image": 0}')
+    report.write_curves(tmp_path / "loss.png", tmp_path / "log.jsonl")
+    pixels = np.array(Image.open(tmp_path / "loss.png").convert("RGB"))
+    rows, columns = np.nonzero((pixels == (200, 40, 40)).all(2))
+    assert rows[columns == columns.min()].min() > rows[columns == columns.max()].max() + 100

@@ -239,8 +239,11 @@ def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     for label in make_benchmark(tmp_path, "voc", ids=("a", "b", "c"))[1:]:
         label.unlink()
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg").unlink()
-    first = tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg"
-    assert message("voc") == f"voc: {first} and 2 more images or labels missing"
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    first, second = voc / "JPEGImages/b.jpg", voc / "SegmentationClass/b.png"
+    assert message("voc").startswith(f"voc: {first}, {second}, ") and "more" not in message("voc")
+    (voc / "ImageSets/Segmentation/val.txt").write_text("d\ne\nf\n")
+    assert message("voc").endswith("f.jpg and 1 more images or labels missing")
     make_benchmark(tmp_path, "coco_object")[1].unlink()
     assert message("coco_stuff") == f"coco_stuff: {tmp_path / 'coco_stuff164k/annotations/val2017/two.png'} missing"
     (tmp_path / "cityscapes/leftImg8bit/val").mkdir(parents=True)
@@ -538,3 +541,12 @@ def test_every_data_command_of_the_readme_and_the_docstring_is_accepted():
     assert {line.split()[0] for line in lines} == {"check", "prepare-context"} and len(lines) >= 4
     for line in lines:
         data.parse_args([word.strip("'") for word in line.split()])
+
+
+def test_a_list_names_each_image_once_and_may_begin_with_a_mark(tmp_path):
+    spec = make_set(tmp_path / "set", n=2, list="ids.txt")
+    (tmp_path / "set" / "ids.txt").write_bytes(b"\xef\xbb\xbf1\n0\n")
+    assert [item[0] for item in data.read_spec(spec).items] == ["1", "0"]
+    (tmp_path / "set" / "ids.txt").write_text("0\n1\n0\n")
+    with pytest.raises(data.DataError, match="ids.txt: holds 0 twice"):
+        data.read_spec(spec)

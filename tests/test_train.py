@@ -122,7 +122,7 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_settings(world, trained):
         assert line["area_pos"] == pytest.approx(abs(0.4 - line["mean_area_pos"]), rel=1e-4)
         assert line["area_neg"] == pytest.approx(line["mean_area_neg"], rel=1e-4)
         assert 0 < line["data_wait"] < 1 and 0.1 < line["memory_gb"] < 20
-    assert lines[-1]["eta_seconds"] == 0
+    assert lines[-1]["eta_seconds"] == 0 and lines[0]["tau_gcl_v"] == pytest.approx(0.07, abs=0.01)
     config = json.loads((trained / "config.json").read_text())
     assert config["batch_size"] == 4 and config["torch"] == torch.__version__.split("+")[0] and config["pairs"] == 14
     assert {"python", "torchvision", "open_clip_torch", "numpy", "pillow", "commit", "micro_batch"} <= config.keys()
@@ -373,7 +373,7 @@ def test_one_rank_that_fails_or_hangs_ends_all(world, tmp_path):
     assert "ValueError: as a test" in errors["raises"]
     lost = "error: rank 0: a collective was not completed within --timeout 3 s: another rank has failed or hangs"
     assert lost in errors["stalls"] and "3000ms" in errors["stalls"]
-    assert "would start at step 0 of 14 pairs, rank" in errors["other"] and "the same --data" in errors["other"]
+    assert "would start at step 0 of 14 pairs (" in errors["other"] and "the same --data" in errors["other"]
 
 
 # ---- seeing it run ----
@@ -697,6 +697,11 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
         (["--lr", "1e-6"], "1", "--min-lr 1e-05 must lie between 0 and --lr 1e-06"),
         (["--losses", "gcl"], "1", "invalid choice: 'gcl'"),
         (["--seed", "-1"], "1", "cannot be negative"),
+        (["--lambda-area", "nan"], "1", "cannot be negative"),
+        (["--clip-grad", "nan"], "1", "--clip-grad and --scalar-lr-mult must be above 0"),
+        (["--scalar-lr-mult", "-1"], "1", "--clip-grad and --scalar-lr-mult must be above 0"),
+        (["--area-prior", "7"], "1", "--area-prior 7.0 must lie between 0 and 1"),
+        (["--seed", "4294967296"], "1", "must be below 2^32"),
         (["--image-size", "0"], "1", "--image-size must be at least 1"),
         (["--micro-batch", "0"], "1", "--micro-batch must be at least 1"),
         (["--measure-area-prior", "0"], "1", "--measure-area-prior must be at least 1"),
@@ -747,6 +752,38 @@ def test_a_shard_of_broken_images_stops_with_its_name(world, tmp_path):
     for workers in (0, 1):
         args = [*world[1], "--data", broken, *SHORT, "--workers", workers, "--device", "cpu", "--out", tmp_path / "out"]
         check_refused(run("train.py", *args), 1, "broken.tar", "unreadable")
+
+
+CHANGES = {"recipe": "release", "losses": ["cl"], "lambda_gcl": 1, "lambda_area": 1, "area_prior": 0.3, "batch_size": 2}
+CHANGES |= {"lr": 0.1, "min_lr": 1e-4, "scalar_lr_mult": 2, "weight_decay": 0, "steps": 7, "warmup_steps": 1}
+CHANGES |= {"clip_grad": 1, "image_size": 16, "data": ["other.tar"], "seed": 3, "lambda_tv": 2}
+
+
+@pytest.mark.parametrize("name", train.SAME_RUN)
+def test_a_run_goes_on_with_its_own_settings_alone(world, trained, name):
+    args = train.parse_args([*world[1], *SHORT, *CPU, "--resume", str(trained / "last.pt")])
+    setattr(args, name, CHANGES[name])
+    with pytest.raises(gcl.CheckpointError, match=f"was trained with --{name.replace('_', '-')} "):
+        train.restore(SimpleNamespace(), args)
+
+
+def test_other_pairs_of_the_same_number_are_refused(world, tmp_path):
+    shard = make_shards(tmp_path / "data", shards=1, pairs=6)
+    args = [*world[1], "--data", shard, *SHORT, *CPU, "--out", str(tmp_path / "out")]
+    train.main(train.parse_args(args))
+    members = [(f"{k}.{kind}", jpeg(k) if kind == "jpg" else b"a cat") for k in range(6) for kind in ("jpg", "txt")]
+    write_tar(tmp_path / "data" / "000.tar", members)
+    with pytest.raises(gcl.CheckpointError, match="trained on other pairs"):
+        train.main(train.parse_args(args))
+
+
+def test_a_log_line_that_a_kill_has_cut_is_dropped(world, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    log = tmp_path / "out" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 6, "bad": {"image": 0}')
+    train.main(train.parse_args([*world[1], *SHORT, *CPU, "--out", str(tmp_path / "out")]))
+    assert log.read_text() == whole
 
 
 def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(world, tmp_path):
