@@ -127,6 +127,7 @@ def plain_forward(clip, size):
 
 
 def segment(args, device):
+    """One window for each number of classes, PAMR off and on, against CLIP's forward of that window."""
     net, _ = make_net(args, device)
     window = args.window // net.patch * net.patch
     images, plain = torch.randn(1, 3, window, window, device=device), plain_forward(net.clip, window)
@@ -162,6 +163,7 @@ def make_step(args, device, batch):
 
 
 def train(args, device):
+    """A forward and backward pass for each batch size, against CLIP's forward of the batch; and its memory."""
     rows = []
     for batch in args.batches:
         images, step, net = make_step(args, device, batch)
@@ -195,6 +197,7 @@ def yardstick(image, mask, iterations=10, dilations=DILATIONS):
 
 
 def refine(args, device):
+    """PAMR against the yardstick: time, memory, and the largest difference."""
     rows, size = [], args.pamr_size
     for classes in args.classes:
         torch.manual_seed(0)
