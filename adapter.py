@@ -18,110 +18,118 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TILES = 512  # tiles at a time: enough for a fast matrix product, few enough that their buffers stay small
+TILES = 256  # tiles at a time: enough for a fast matrix product, few enough that their buffers stay small
+R, Q = 0.5**0.5, 2**0.5
 
 
 class Scheme(NamedTuple):
-    """Two neighbouring outputs of a 3-tap kernel w over inputs y as A^T [(G w) * (B y)], twice for two axes."""
+    """Neighbouring outputs of a 3-tap kernel w over inputs y as A^T [(G w) * (B y)], twice for two axes."""
 
     step: int  # inputs from one tile to the next
+    out: int  # outputs of a tile
     b: tuple
     g: tuple
     a: tuple  # A, not transposed: one row a product
 
 
-# Winograd's F(2, 3) (Lavin and Gray 2016): m = (y0-y2) w0, (y1+y2) (w0+w1+w2)/2, (y2-y1) (w0-w1+w2)/2, (y1-y3) w2;
-# the outputs are m0+m1+m2 and m1-m2-m3: 4 products instead of 6, in two dimensions 16 instead of 36.
+# Winograd's F(4, 3) (Lavin and Gray 2016): a product of polynomials from its values at 0, R, -R, Q, -Q and infinity: 6
+# products for 4 outputs instead of 12. With f(s) = s (s^2 - 1/2) (s^2 - 2), row p of B is f(s) / (s - p), of G it is
+# 1 p p^2 over f'(p), of A 1 p p^2 p^3. These points keep float32 as exact as the plain sum (Alam et al. 2022).
 PLAIN = Scheme(
-    step=2,
-    b=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
-    g=((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
-    a=((1, 0), (1, 1), (1, -1), (0, -1)),
+    step=4,
+    out=4,
+    b=(
+        (1, 0, -2.5, 0, 1, 0),
+        (0, -Q, -2, R, 1, 0),
+        (0, Q, -2, -R, 1, 0),
+        (0, -R, -0.5, Q, 1, 0),
+        (0, R, -0.5, -Q, 1, 0),
+        (0, 1, 0, -2.5, 0, 1),
+    ),
+    g=(
+        (1, 0, 0),
+        (-2 / 3, -2 / 3 * R, -1 / 3),
+        (-2 / 3, 2 / 3 * R, -1 / 3),
+        (1 / 6, Q / 6, 1 / 3),
+        (1 / 6, -Q / 6, 1 / 3),
+        (0, 0, 1),
+    ),
+    a=((1, 0, 0, 0), (1, R, 0.5, R / 2), (1, -R, 0.5, -R / 2), (1, Q, 2, 2 * Q), (1, -Q, 2, -2 * Q), (0, 0, 0, 1)),
 )
-# After nearest upsampling the inputs are y0 y1 y1 y2: m = (y0-y1) w0, y1 (w0+w1+w2), (y2-y1) w2; the outputs are m0+m1
-# and m1+m2: 3 products on the small grid instead of 6, in two dimensions 9 instead of 36.
+# After nearest upsampling, outputs 0 and 2 have the taps w0, w1+w2 on y0 y1 y2, outputs 1 and 3 the taps w0+w1, w2 on
+# y1 y2 y3. At the point 1 both pairs have one value, w0+w1+w2, and share that product: 5 for 4 outputs instead of 12.
+# The points are 0, 1, -1 for the first pair, and 1, -1, infinity for the second.
 UPSAMPLED = Scheme(
-    step=1,
-    b=((1, -1, 0), (0, 1, 0), (0, -1, 1)),
-    g=((1, 0, 0), (1, 1, 1), (0, 0, 1)),
-    a=((1, 0), (1, 1), (0, 1)),
+    step=2,
+    out=4,
+    b=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, -1, 0), (0, -1, 0, 1)),
+    g=((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, -0.5), (0.5, 0.5, -0.5), (0, 0, 1)),
+    a=((1, 0, 0, 0), (1, 1, 1, 1), (1, 0, -1, 0), (0, 1, 0, -1), (0, 0, 0, 1)),
 )
 
 
-def _sum(coefficients, parts, out):
-    """out = sum of coefficient * part; coefficients are 0, 1 or -1."""
-    (first, x), *rest = sorted([(c, x) for c, x in zip(coefficients, parts, strict=True) if c], key=lambda cx: -cx[0])
-    torch.mul(x, first, out=out) if not rest else torch.add(x, rest[0][1], alpha=rest[0][0], out=out)
-    for c, x in rest[1:]:
-        out.add_(x, alpha=c)
+def _both_axes(matrix, like):
+    """A matrix that acts on one axis as one that acts on two: [t, n] -> [t*t, n*n], dtype and device of like."""
+    matrix = torch.tensor(matrix, dtype=like.dtype, device=like.device)
+    return torch.kron(matrix, matrix)
 
 
-def _to_tiles(x, matrix, step, rows, columns):
-    """tiles[a, b] = sum_ij matrix[a][i] matrix[b][j] x[i::step, j::step]: [B, H, W, D] -> [t, t, B, h, w, D]."""
-    taps = range(len(matrix[0]))
-    tiles = x.new_empty(len(matrix), len(matrix), len(x), rows, columns, x.shape[-1])
-    line = x.new_empty(len(x), rows, *x.shape[2:])  # [B, rows, W, D]
-    for a, of_rows in enumerate(matrix):
-        _sum(of_rows, [x[:, i : i + step * (rows - 1) + 1 : step] for i in taps], line)
-        shifted = [line[:, :, j : j + step * (columns - 1) + 1 : step] for j in taps]
-        for b, of_columns in enumerate(matrix):
-            _sum(of_columns, shifted, tiles[a, b])
-    return tiles
+def _patches(x, size, step, rows, columns):
+    """rows x columns patches of size x size, one every step: [B, H, W, D] -> [size*size, B*rows*columns*D]."""
+    x = x.unfold(1, size, step)[:, :rows].unfold(2, size, step)[:, :, :columns]  # [B, rows, columns, D, size, size]
+    return x.permute(4, 5, 0, 1, 2, 3).reshape(size * size, -1)
 
 
-def _add_tiles(x, tiles, matrix, step):
-    """The adjoint: x[i::step, j::step] += sum_ab matrix[a][i] matrix[b][j] tiles[a, b]."""
-    rows, columns = tiles.shape[3:5]
-    for i, of_rows in enumerate(zip(*matrix, strict=True)):
-        line = torch.empty_like(tiles[0])  # [t, B, rows, columns, D]
-        _sum(of_rows, tiles, line)
-        for j, of_columns in enumerate(zip(*matrix, strict=True)):
-            part = x[:, i : i + step * (rows - 1) + 1 : step, j : j + step * (columns - 1) + 1 : step]
-            for c, term in zip(of_columns, line, strict=True):
-                if c:
-                    part.add_(term, alpha=c)
+def _add_patches(x, patches, size, step, rows, columns):
+    """The adjoint, in place: each patch is added where it was cut from x [B, H, W, D]."""
+    patches = patches.view(size, size, len(x), rows, columns, -1)
+    for i in range(size):
+        for j in range(size):
+            x[:, i : i + step * (rows - 1) + 1 : step, j : j + step * (columns - 1) + 1 : step] += patches[i, j]
 
 
 def _bands(y, scheme):
     """y with a border of zeros [B, H', W', D], and (first, rows, columns) of bands of tiles that cover y."""
     batch, height, width, _ = y.shape
     rows, columns = -(-height // scheme.step), -(-width // scheme.step)  # of tiles
-    border = (1, columns * scheme.step - width + 1, 1, rows * scheme.step - height + 1)
+    beyond = len(scheme.b[0]) - scheme.step - 1  # of the last tile, on the right; on the left it is 1
+    border = (1, columns * scheme.step - width + beyond, 1, rows * scheme.step - height + beyond)
     high = max(1, TILES // (batch * columns))
     return F.pad(y, (0, 0, *border)), [(k, min(high, rows - k), columns) for k in range(0, rows, high)]
 
 
-def _kernels(weight, scheme):
-    """G w G^T, flat: weight [O, I, 3, 3] -> [t*t, O, I], and the matrix [t*t, 9] that does it."""
-    g = torch.tensor(scheme.g, dtype=weight.dtype, device=weight.device)
-    g = torch.kron(g, g)  # [t*t, 9]
-    return (g @ weight.reshape(-1, 9).T).unflatten(1, weight.shape[:2]), g
-
-
 def _conv_add(out, y, weight, scheme):
-    """out += Conv(y), no bias, in place. out: [B, 2 rows, 2 columns, O], y: [B, H, W, I], weight: [O, I, 3, 3]."""
-    kernels, _ = _kernels(weight, scheme)
+    """out += Conv(y), no bias, in place. y: [B, H, W, I], weight: [O, I, 3, 3], out: [B, H', W', O], whole tiles."""
+    a, b, g = (_both_axes(matrix, weight) for matrix in (scheme.a, scheme.b, scheme.g))
+    kernels = (g @ weight.reshape(-1, 9).T).unflatten(1, weight.shape[:2])  # [t*t, 9] [9, O*I] -> [t*t, O, I]
     padded, bands = _bands(y, scheme)
-    for k, rows, columns in bands:
-        tiles = _to_tiles(padded[:, k * scheme.step :], scheme.b, scheme.step, rows, columns)
-        product = tiles.flatten(0, 1).flatten(1, 3) @ kernels.mT  # [t*t, tiles, I] [t*t, I, O]
-        _add_tiles(out[:, 2 * k :], product.view(*tiles.shape[:-1], -1), scheme.a, 2)
+    for k, *grid in bands:
+        tiles = b @ _patches(padded[:, k * scheme.step :], len(scheme.b[0]), scheme.step, *grid)  # [t*t, tiles*I]
+        product = tiles.unflatten(1, (-1, y.shape[-1])) @ kernels.mT  # [t*t, tiles, I] [t*t, I, O]
+        _add_patches(out[:, k * scheme.out :], a.T @ product.flatten(1), scheme.out, scheme.out, *grid)
 
 
 def _conv_gradients(gradient, y, weight, scheme):
-    """Gradients (of y, of weight) of that convolution, with as few products. gradient: [B, 2 rows, 2 columns, O]."""
-    kernels, g = _kernels(weight, scheme)
+    """Gradients (of y, of weight) of that convolution, with as few products; gradient: as out, whole tiles."""
+    a, b, g = (_both_axes(matrix, weight) for matrix in (scheme.a, scheme.b, scheme.g))
+    kernels = (g @ weight.reshape(-1, 9).T).unflatten(1, weight.shape[:2])  # [t*t, O, I]
     padded, bands = _bands(y, scheme)
-    of_padded = torch.zeros_like(padded)
-    of_kernels = torch.zeros_like(kernels)
-    for k, rows, columns in bands:
-        tiles = _to_tiles(padded[:, k * scheme.step :], scheme.b, scheme.step, rows, columns)
-        of_tiles = _to_tiles(gradient[:, 2 * k :], scheme.a, 2, rows, columns).flatten(0, 1).flatten(1, 3)
-        of_kernels.baddbmm_(of_tiles.mT, tiles.flatten(0, 1).flatten(1, 3))  # [t*t, O, tiles] [t*t, tiles, I]
-        product = (of_tiles @ kernels).view_as(tiles)  # [t*t, tiles, O] [t*t, O, I]
-        _add_tiles(of_padded[:, k * scheme.step :], product, scheme.b, scheme.step)
+    of_padded, of_kernels, size = torch.zeros_like(padded), torch.zeros_like(kernels), len(scheme.b[0])
+    for k, *grid in bands:
+        tiles = b @ _patches(padded[:, k * scheme.step :], size, scheme.step, *grid)  # [t*t, tiles*I]
+        of_products = a @ _patches(gradient[:, k * scheme.out :], scheme.out, scheme.out, *grid)  # [t*t, tiles*O]
+        of_products = of_products.unflatten(1, (-1, len(weight)))
+        of_kernels.baddbmm_(of_products.mT, tiles.unflatten(1, (-1, y.shape[-1])))  # [t*t, O, tiles] [t*t, tiles, I]
+        of_tiles = (of_products @ kernels).flatten(1)  # [t*t, tiles, O] [t*t, O, I]
+        _add_patches(of_padded[:, k * scheme.step :], b.T @ of_tiles, size, scheme.step, *grid)
     of_weight = (g.T @ of_kernels.flatten(1)).T.reshape(weight.shape)  # [9, O*I] -> [O, I, 3, 3]
     return of_padded[:, 1 : y.shape[1] + 1, 1 : y.shape[2] + 1], of_weight
+
+
+def _whole_tiles(x, scheme):
+    """x [B, H, W, D] with zeros below and on the right, up to whole tiles of outputs; x itself where it has them."""
+    below, right = (-side % scheme.out for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
 
 
 def scheme_of(weight, up):
@@ -155,16 +163,17 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, up):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
-        ctx.up, (_, height, width, _) = up, x.shape
+        ctx.up = up
         y = _Residual.activate(x, norm_weight, norm_bias, weight.dtype)
         scheme = scheme_of(weight, up)
         if scheme is None:
             y = (upsample(y) if up else y).permute(0, 3, 1, 2)
             y = F.conv2d(y, weight, bias.to(weight.dtype), padding=1).permute(0, 2, 3, 1)
             return (upsample(x) if up else x) + y
-        out = upsample(x + bias) if up else F.pad(x + bias, (0, 0, 0, width % 2, 0, height % 2))
+        x = upsample(x + bias) if up else x + bias
+        out = _whole_tiles(x, scheme)
         _conv_add(out, y, weight, scheme)
-        return out if up else out[:, :height, :width]
+        return out[:, : x.shape[1], : x.shape[2]]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -187,8 +196,7 @@ class _Residual(torch.autograd.Function):
         """Gradients (of y, of weight) of Conv(up(y)) without its bias; gradient: [B, H, W, O]."""
         scheme = scheme_of(weight, up)
         if scheme is not None:
-            odd = [side % 2 for side in gradient.shape[1:3]]
-            return _conv_gradients(F.pad(gradient, (0, 0, 0, odd[1], 0, odd[0])), y, weight, scheme)
+            return _conv_gradients(_whole_tiles(gradient, scheme), y, weight, scheme)
         y, gradient = ((upsample(y) if up else y).permute(0, 3, 1, 2)), gradient.permute(0, 3, 1, 2)
         of_y = torch.nn.grad.conv2d_input(y.shape, weight, gradient, padding=1).permute(0, 2, 3, 1)
         return sum_2x2(of_y) if up else of_y, torch.nn.grad.conv2d_weight(y, weight.shape, gradient, padding=1)

@@ -137,6 +137,27 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen):
 
 
 @pytest.mark.parametrize("up", [True, False])
+def test_shortcuts_are_as_exact_in_float32_as_the_plain_layers(up):
+    block = GatedBlock(64)
+    block.gate.data.fill_(10.0)
+    x, gradient = torch.randn(2, 64, 12, 12), torch.randn(2, 64, 12 * (1 + up), 12 * (1 + up))
+
+    def run(function, dtype):
+        leaves = [v.detach().to(dtype).requires_grad_() for v in (x, block.conv.weight)]
+        block.to(dtype).conv.weight = torch.nn.Parameter(leaves[1])
+        out = function(block, leaves[0], up)
+        return [out, *torch.autograd.grad(out, (leaves[0], block.conv.weight), gradient.to(dtype))]
+
+    exact = run(plain_block, torch.float64)
+    apart = [
+        [(a - e).square().mean() for a, e in zip(run(function, torch.float32), exact, strict=True)]
+        for function in (lambda block, x, up: block(x, up), plain_block)
+    ]
+    for ours, plain in zip(*apart, strict=True):
+        assert ours < 5**2 * plain  # other points, 0, 1, -1, 2, -2, are 4 to 8 times worse
+
+
+@pytest.mark.parametrize("up", [True, False])
 def test_bfloat16_is_as_near_as_the_plain_layers_in_bfloat16(up):
     block, x = randomize(GatedBlock(32)).float(), torch.randn(2, 32, 6, 6)
     exact = plain_block(block, x, up)
