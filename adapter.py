@@ -77,53 +77,60 @@ def _both_axes(matrix, like):
 def _patches(x, size, step, rows, columns):
     """rows x columns patches of size x size, one every step: [B, H, W, D] -> [size*size, B*rows*columns*D]."""
     x = x.unfold(1, size, step)[:, :rows].unfold(2, size, step)[:, :, :columns]  # [B, rows, columns, D, size, size]
-    return x.permute(4, 5, 0, 1, 2, 3).reshape(size * size, -1)
+    return x.permute(4, 5, 0, 1, 2, 3).reshape(size * size, -1)  # [size, size, B, ...] -> [size*size, ...]
 
 
 def _add_patches(x, patches, size, step, rows, columns):
     """The adjoint, in place: each patch is added where it was cut from x [B, H, W, D]."""
-    patches = patches.view(size, size, len(x), rows, columns, -1)
+    patches = patches.view(size, size, len(x), rows, columns, -1)  # [size, size, B, rows, columns, D]
     for i in range(size):
         for j in range(size):
             x[:, i : i + step * (rows - 1) + 1 : step, j : j + step * (columns - 1) + 1 : step] += patches[i, j]
 
 
+def _grid(y, scheme):
+    """(rows, columns) of the tiles that cover the inputs y [B, H, W, D]."""
+    return tuple(-(-side // scheme.step) for side in y.shape[1:3])
+
+
 def _bands(y, scheme):
     """y with a border of zeros [B, H', W', D], and (first, rows, columns) of bands of tiles that cover y."""
-    batch, height, width, _ = y.shape
-    rows, columns = -(-height // scheme.step), -(-width // scheme.step)  # of tiles
-    beyond = len(scheme.b[0]) - scheme.step - 1  # of the last tile, on the right; on the left it is 1
-    border = (1, columns * scheme.step - width + beyond, 1, rows * scheme.step - height + beyond)
-    high = max(1, TILES // (batch * columns))
+    (rows, columns), beyond = _grid(y, scheme), len(scheme.b[0]) - scheme.step - 1  # the border is 1 on the other side
+    border = (1, columns * scheme.step - y.shape[2] + beyond, 1, rows * scheme.step - y.shape[1] + beyond)
+    high = max(1, TILES // (len(y) * columns))
     return F.pad(y, (0, 0, *border)), [(k, min(high, rows - k), columns) for k in range(0, rows, high)]
 
 
-def _conv_add(out, y, weight, scheme):
-    """out += Conv(y), no bias, in place. y: [B, H, W, I], weight: [O, I, 3, 3], out: [B, H', W', O], whole tiles."""
-    a, b, g = (_both_axes(matrix, weight) for matrix in (scheme.a, scheme.b, scheme.g))
-    kernels = (g @ weight.reshape(-1, 9).T).unflatten(1, weight.shape[:2])  # [t*t, 9] [9, O*I] -> [t*t, O, I]
-    padded, bands = _bands(y, scheme)
+def _kernels(weight, scheme):
+    """G w G^T, flat: weight [O, I, 3, 3] -> [t*t, O, I]."""
+    kernels = _both_axes(scheme.g, weight) @ weight.reshape(-1, 9).T  # [t*t, 9] [9, O*I]
+    return kernels.unflatten(1, weight.shape[:2])  # [t*t, O, I]
+
+
+def _conv_add(out, y, kernels, scheme):
+    """out += Conv(y), no bias, in place. y: [B, H, W, I], kernels: [t*t, O, I], out: [B, H', W', O], whole tiles."""
+    a, b, (padded, bands) = _both_axes(scheme.a, y), _both_axes(scheme.b, y), _bands(y, scheme)
     for k, *grid in bands:
         tiles = b @ _patches(padded[:, k * scheme.step :], len(scheme.b[0]), scheme.step, *grid)  # [t*t, tiles*I]
         product = tiles.unflatten(1, (-1, y.shape[-1])) @ kernels.mT  # [t*t, tiles, I] [t*t, I, O]
-        _add_patches(out[:, k * scheme.out :], a.T @ product.flatten(1), scheme.out, scheme.out, *grid)
+        outputs = a.T @ product.flatten(1)  # [out*out, t*t] [t*t, tiles*O]
+        _add_patches(out[:, k * scheme.out :], outputs, scheme.out, scheme.out, *grid)
 
 
-def _conv_gradients(gradient, y, weight, scheme):
-    """Gradients (of y, of weight) of that convolution, with as few products; gradient: as out, whole tiles."""
-    a, b, g = (_both_axes(matrix, weight) for matrix in (scheme.a, scheme.b, scheme.g))
-    kernels = (g @ weight.reshape(-1, 9).T).unflatten(1, weight.shape[:2])  # [t*t, O, I]
-    padded, bands = _bands(y, scheme)
-    of_padded, of_kernels, size = torch.zeros_like(padded), torch.zeros_like(kernels), len(scheme.b[0])
+def _conv_gradients(gradient, y, kernels, of_kernels, scheme):
+    """The gradient of y, and of_kernels (None at first) plus that of the kernels. gradient: as out, whole tiles."""
+    a, b, (padded, bands) = _both_axes(scheme.a, y), _both_axes(scheme.b, y), _bands(y, scheme)
+    of_padded, size = torch.zeros_like(padded), len(scheme.b[0])
     for k, *grid in bands:
         tiles = b @ _patches(padded[:, k * scheme.step :], size, scheme.step, *grid)  # [t*t, tiles*I]
-        of_products = a @ _patches(gradient[:, k * scheme.out :], scheme.out, scheme.out, *grid)  # [t*t, tiles*O]
-        of_products = of_products.unflatten(1, (-1, len(weight)))
-        of_kernels.baddbmm_(of_products.mT, tiles.unflatten(1, (-1, y.shape[-1])))  # [t*t, O, tiles] [t*t, tiles, I]
-        of_tiles = (of_products @ kernels).flatten(1)  # [t*t, tiles, O] [t*t, O, I]
+        tiles = tiles.unflatten(1, (-1, y.shape[-1]))  # [t*t, tiles, I]
+        of_product = a @ _patches(gradient[:, k * scheme.out :], scheme.out, scheme.out, *grid)  # [t*t, tiles*O]
+        of_product = of_product.unflatten(1, (-1, gradient.shape[-1]))  # [t*t, tiles, O]
+        plus = torch.bmm if of_kernels is None else of_kernels.baddbmm_
+        of_kernels = plus(of_product.mT, tiles)  # [t*t, O, tiles] [t*t, tiles, I]
+        of_tiles = (of_product @ kernels).flatten(1)  # [t*t, tiles, O] [t*t, O, I]
         _add_patches(of_padded[:, k * scheme.step :], b.T @ of_tiles, size, scheme.step, *grid)
-    of_weight = (g.T @ of_kernels.flatten(1)).T.reshape(weight.shape)  # [9, O*I] -> [O, I, 3, 3]
-    return of_padded[:, 1 : y.shape[1] + 1, 1 : y.shape[2] + 1], of_weight
+    return of_padded[:, 1 : y.shape[1] + 1, 1 : y.shape[2] + 1], of_kernels
 
 
 def _whole_tiles(x, scheme):
@@ -145,61 +152,88 @@ def upsample(x):
     """Nearest x2 of [B, H, W, D]."""
     batch, height, width, depth = x.shape
     x = x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # [B, H, 2, W, 2, D]
-    return x.clone(memory_format=torch.contiguous_format).view(batch, 2 * height, 2 * width, depth)
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(batch, 2 * height, 2 * width, depth)  # [B, 2H, 2W, D]
 
 
 def sum_2x2(x):
     """The adjoint of upsample: [B, 2H, 2W, D] -> [B, H, W, D]."""
-    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).sum((2, 4))
+    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).sum((2, 4))  # [B, H, 2, W, 2, D] -> [B, H, W, D]
+
+
+def _library_gradients(gradient, y, weight, up):
+    """Gradients (of y, of weight) of Conv(up(y)), no bias, as torch computes them. gradient: [B, H', W', O]."""
+    y, gradient = ((upsample(y) if up else y).permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2))  # [B, I or O, H', W']
+    of_y = torch.nn.grad.conv2d_input(y.shape, weight, gradient, padding=1).permute(0, 2, 3, 1)  # [B, H', W', I]
+    return sum_2x2(of_y) if up else of_y, torch.nn.grad.conv2d_weight(y, weight.shape, gradient, padding=1)
 
 
 class _Residual(torch.autograd.Function):
-    """up(x) + Conv(GELU(LayerNorm(up(x)))) on [B, H, W, D]. Keeps x alone, and computes the cheap rest again."""
+    """up(x) + Conv(GELU(LayerNorm(up(x)))) on [B, H, W, D]. Keeps x alone, and computes the cheap rest again.
+
+    CPUs take a few images at a time, so that what lies between x and the result is never held for all of them.
+    """
 
     @staticmethod
     def activate(x, norm_weight, norm_bias, dtype):
         return F.gelu(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps=1e-5)).to(dtype)
 
     @staticmethod
+    def parts(x, scheme):
+        """Slices of the batch: as many images as fill TILES, at least one; all of them on other devices than CPUs."""
+        if x.device.type != "cpu":
+            return [slice(None)]
+        rows, columns = _grid(x, scheme or PLAIN)
+        n = max(1, TILES // (rows * columns))
+        return [slice(k, k + n) for k in range(0, len(x), n)]
+
+    @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, up):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
-        ctx.up = up
-        y = _Residual.activate(x, norm_weight, norm_bias, weight.dtype)
-        scheme = scheme_of(weight, up)
+        ctx.up, scheme = up, scheme_of(weight, up)
         if scheme is None:
-            y = (upsample(y) if up else y).permute(0, 3, 1, 2)
-            y = F.conv2d(y, weight, bias.to(weight.dtype), padding=1).permute(0, 2, 3, 1)
-            return (upsample(x) if up else x) + y
-        x = upsample(x + bias) if up else x + bias
-        out = _whole_tiles(x, scheme)
-        _conv_add(out, y, weight, scheme)
-        return out[:, : x.shape[1], : x.shape[2]]
+            height, width = (side * (2 if up else 1) for side in x.shape[1:3])
+            out = x.new_empty(len(x), height, width, len(weight), dtype=torch.promote_types(x.dtype, weight.dtype))
+            for part in _Residual.parts(x, scheme):
+                y = _Residual.activate(x[part], norm_weight, norm_bias, weight.dtype)
+                y = (upsample(y) if up else y).permute(0, 3, 1, 2)  # [b, I, height, width]
+                y = F.conv2d(y, weight, bias.to(weight.dtype), padding=1).permute(0, 2, 3, 1)  # [b, height, width, O]
+                torch.add(upsample(x[part]) if up else x[part], y, out=out[part])
+            return out
+        identity = upsample(x + bias) if up else x + bias
+        out, kernels = _whole_tiles(identity, scheme), _kernels(weight, scheme)
+        for part in _Residual.parts(x, scheme):
+            _conv_add(out[part], _Residual.activate(x[part], norm_weight, norm_bias, weight.dtype), kernels, scheme)
+        return out[:, : identity.shape[1], : identity.shape[2]]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:3]]
-        with torch.enable_grad():
-            leaves = [v.detach().requires_grad_(w) for v, w in zip((x, norm_weight, norm_bias), wanted, strict=True)]
-            y = _Residual.activate(*leaves, weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            of_y, of_weight = _Residual.conv_backward(gradient.to(weight.dtype), y.detach(), weight, ctx.up)
-            found = iter(torch.autograd.grad(y, [v for v in leaves if v.requires_grad], of_y) if any(wanted) else ())
-        of_leaves = [next(found) if w else None for w in wanted]
-        if wanted[0]:
-            of_leaves[0] += sum_2x2(gradient) if ctx.up else gradient
-        return *of_leaves, of_weight, gradient.sum((0, 1, 2)), None
-
-    @staticmethod
-    def conv_backward(gradient, y, weight, up):
-        """Gradients (of y, of weight) of Conv(up(y)) without its bias; gradient: [B, H, W, O]."""
-        scheme = scheme_of(weight, up)
+        wanted, scheme = ctx.needs_input_grad, scheme_of(weight, ctx.up)
+        kernels, of_kernels = None if scheme is None else _kernels(weight, scheme), None
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        of_x = (sum_2x2(gradient) if ctx.up else gradient).to(x.dtype, copy=True).contiguous()
+        norm = [v.detach().requires_grad_(w) for v, w in zip((norm_weight, norm_bias), wanted[1:3], strict=True)]
+        for part in _Residual.parts(x, scheme):
+            leaf = x[part].detach().requires_grad_(wanted[0])
+            leaf.grad = of_x[part]  # autograd adds in place, to what came past the convolution
+            with torch.enable_grad():
+                y = _Residual.activate(leaf, *norm, weight.dtype)
+            arrived = gradient[part].to(weight.dtype)
+            if scheme is None:
+                of_y, of_part = _library_gradients(arrived, y.detach(), weight, ctx.up)
+                of_weight += of_part
+            else:
+                arrived = _whole_tiles(arrived, scheme)
+                of_y, of_kernels = _conv_gradients(arrived, y.detach(), kernels, of_kernels, scheme)
+            if y.requires_grad:
+                y.backward(of_y)
         if scheme is not None:
-            return _conv_gradients(_whole_tiles(gradient, scheme), y, weight, scheme)
-        y, gradient = ((upsample(y) if up else y).permute(0, 3, 1, 2)), gradient.permute(0, 3, 1, 2)
-        of_y = torch.nn.grad.conv2d_input(y.shape, weight, gradient, padding=1).permute(0, 2, 3, 1)
-        return sum_2x2(of_y) if up else of_y, torch.nn.grad.conv2d_weight(y, weight.shape, gradient, padding=1)
+            of_weight = _both_axes(scheme.g, weight).T @ of_kernels.flatten(1)  # [9, t*t] [t*t, O*I]
+            of_weight = of_weight.T.reshape(weight.shape)  # [9, O*I] -> [O, I, 3, 3]
+        of_x = of_x if wanted[0] else None
+        return of_x, *(v.grad for v in norm), of_weight.to(weight.dtype), gradient.sum((0, 1, 2)), None
 
 
 class GatedBlock(nn.Module):

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ops
 from adapter import Adapter
+from ops import normalize
 
 CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,11 +73,6 @@ RECIPES = {
 def first_line(error):
     """What another library's error says, in one line."""
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-
-
-def normalize(x, dim=-1):
-    """x / |x| along dim. Release's eps 1e-6, which half precision can hold."""
-    return F.normalize(x, dim=dim, eps=ops.EPS)
 
 
 def total_loss(losses, weights=None):
@@ -403,8 +399,10 @@ def run_block(block, x, n=None):
     """
     width, heads, y = x.shape[-1], block.attn.num_heads, block.ln_1(x)
     weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias  # [3D, D]: queries, keys, values
-    q = F.linear(y[:, :n], weight[:width], bias[:width]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    k, v = F.linear(y, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    q = F.linear(y[:, :n], weight[:width], bias[:width])  # [B, n, D]
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, n, D/heads]
+    kv = F.linear(y, weight[width:], bias[width:])  # [B, L, 2D]
+    k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, D/heads]
     z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, heads, n, D/heads] -> [B, n, D]
     x = x[:, :n] + block.ls_1(block.attn.out_proj(z))
     return x + block.ls_2(run_mlp(block.mlp, block.ln_2(x)))
@@ -463,7 +461,8 @@ def last_block(block, tokens, grid, method):
     if whole:
         x = tokens[:, 1:] + block.ls_1(x)
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return x.transpose(1, 2).unflatten(2, grid), k[:, :, 1:].transpose(1, 2).flatten(2)
+    keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # [B, heads, L, D/heads] -> [B, L, D]
+    return x.transpose(1, 2).unflatten(2, grid), keys  # [B, D, H, W], [B, L, D]
 
 
 def frozen_mask(cosine):
@@ -487,7 +486,7 @@ def maskclip_refined(cosine, keys):
     weight = (k @ k.mT).clamp(min=0)  # [B, L, L], symmetric
     p = p @ (weight / weight.sum(1, keepdim=True))  # [B, K, L], mean of p_j
     best = (frozen_mask(flat) * kept).amax(1, keepdim=True)  # [B, 1, L]
-    return (best * p / p.amax(1, keepdim=True)).unflatten(2, cosine.shape[2:])
+    return (best * p / p.amax(1, keepdim=True)).unflatten(2, cosine.shape[2:])  # [B, K, L] -> [B, K, H, W]
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------------

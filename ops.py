@@ -57,6 +57,29 @@ def positives(rows):
     return torch.arange(n_images, device=rows.device) + rank * n_images  # [B]
 
 
+class _Normalize(torch.autograd.Function):
+    """y = x / |x| has the derivative (dy - y (y . dy)) / |x|: y is enough, where autograd would keep x too."""
+
+    @staticmethod
+    def forward(ctx, x, dim):
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        y, ctx.dim = x / norm.clamp(min=EPS), dim
+        ctx.save_for_backward(y, norm)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        y, norm = ctx.saved_tensors
+        along = (y * gradient).sum(ctx.dim, keepdim=True) * (norm > EPS)  # below the floor x is divided by a constant
+        return torch.addcmul(gradient, y, along, value=-1).div_(norm.clamp(min=EPS)), None
+
+
+def normalize(x, dim=-1):
+    """x / |x| along dim, with a floor of 1e-6 for |x|, which half precision can hold. Any shape; returns the same."""
+    return _Normalize.apply(x, dim)
+
+
 def info_nce(similarity, log_scale):
     """Symmetric InfoNCE of this rank's B images and its B texts against the global batch.
 
@@ -147,6 +170,8 @@ def total_variation(x):
     """Anisotropic total variation of the smooth prior, one value a map: the loss is their mean.
 
     x: [..., H, W]. Returns [...]. Paper silent: the mean of |difference| along each axis, summed over the two axes (as
-    the release).
+    the release). Raises ValueError for a map of one row or one column: it has no differences along an axis.
     """
+    if min(x.shape[-2:]) < 2:
+        raise ValueError(f"a map of {x.shape[-2]} x {x.shape[-1]} has no neighbours along one axis")
     return _TotalVariation.apply(x)

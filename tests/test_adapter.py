@@ -165,3 +165,15 @@ def test_bfloat16_is_as_near_as_the_plain_layers_in_bfloat16(up):
         ours, plain = block(x, up), plain_block(block, x, up)
     assert ours.dtype == torch.float32
     assert (ours - exact).square().mean() < 4 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_bfloat16_features_get_bfloat16_gradients(up):
+    block, x = randomize(GatedBlock(32)).float(), torch.randn(2, 32, 6, 6)
+    half = x.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        block(half, up).square().sum().backward()
+    x = half.detach().float().requires_grad_()
+    plain_block(block, x, up).square().sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert (half.grad - x.grad).square().mean() < 1e-3 * x.grad.square().mean()

@@ -321,3 +321,15 @@ def test_area_prior_averages_over_ranks_before_the_norm(ranks):
 def test_positives_of_each_rank_are_its_own_texts(ranks):
     assert [r["positives"].tolist() for r in ranks] == [[0, 1, 2], [3, 4, 5]]
     assert [int(r["refused"]) for r in ranks] == [3, 3]
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_normalize_is_torch_s_with_the_floor_of_the_release(dim):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x[0] *= 1e-8  # below the floor
+    x.requires_grad_()
+    gradient, ours, plain = torch.randn_like(x), ops.normalize(x, dim), F.normalize(x, dim=dim, eps=1e-6)
+    assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    of_ours, of_plain = (torch.autograd.grad(y, x, gradient)[0] for y in (ours, plain))
+    assert_close(of_ours, of_plain, rtol=1e-10, atol=1e-10)
+    assert_close(ops.normalize(torch.zeros(2, 3)), torch.zeros(2, 3))

@@ -551,7 +551,7 @@ def bytes_of_step(batch_size, micro_batch):
 
 def test_the_memory_of_a_step_is_that_of_its_slice():
     small, sliced, whole = bytes_of_step(4, None), bytes_of_step(64, 4), bytes_of_step(64, None)
-    assert small.peak < sliced.peak < 1.6 * small.peak < whole.peak / 4
+    assert small.peak < sliced.peak < 1.6 * small.peak < whole.peak / 2
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
