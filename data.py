@@ -413,9 +413,7 @@ class PairDataset(Dataset):
             raise DataError(f"{pair_name(*self.locate(index))}: unreadable ({last}), and so are {tries - 1} others")
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
             torch.default_generator.manual_seed(self.seed * 1_000_003 + position)  # torch.manual_seed asks every device
-            image = self.transform(image)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
-        noise = torch.rand(1, *self.noise_size, generator=generator)  # [1, H, W]
+            image, noise = self.transform(image), torch.rand(1, *self.noise_size)  # [3, h, w], [1, H, W]
         return image, self.tokenizer([caption])[0], noise, bad
 
     def fingerprint(self):

@@ -128,7 +128,7 @@ def segment_image(net, image, text, args):
     image: uint8 [h0, w0, 3]. Returns float32 on the net's device, at the protocol's size of the image.
     """
     norm = net.recipe.norm if args.method == "gcl" else gcl.CLIP_NORM
-    mean, std = (torch.tensor(v, device=text.device).view(3, 1, 1) for v in norm)
+    mean, std = (torch.tensor(v, device=text.device).view(3, 1, 1) for v in norm)  # [3, 1, 1]
     x = (torch.from_numpy(image).to(text.device).permute(2, 0, 1) / 255 - mean) / std  # [3, h0, w0]
     height, width = resized(*image.shape[:2], args.short_side)
     x = F.interpolate(x[None], size=(height, width), mode="bilinear", align_corners=False)  # [1, 3, h, w]
@@ -179,7 +179,7 @@ def with_background(value, index, threshold):
 def confusion(label, prediction, n):
     """int64 [n, n]: pixels of class i (rows) predicted as class j (columns), ignored pixels left out."""
     scored = label != data.IGNORE
-    return torch.bincount(label[scored] * n + prediction[scored], minlength=n * n).view(n, n)
+    return torch.bincount(label[scored] * n + prediction[scored], minlength=n * n).view(n, n)  # [n*n] -> [n, n]
 
 
 def iou_per_class(matrix):

@@ -48,7 +48,8 @@ def _iterate(weights, index, mask, iterations):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # two notices of torch about its CSR layout
         # On CPUs a repeated border pixel stays as several entries of its row, which a product sums up all the same.
-        matrix = torch.sparse_csr_tensor(starts, index.flatten().int(), weights.flatten(), (pixels, pixels))
+        columns, values = index.flatten().int(), weights.flatten()  # [H*W, n] -> [H*W*n]
+        matrix = torch.sparse_csr_tensor(starts, columns, values, (pixels, pixels))
         if mask.is_cuda:  # not promised there, so they are merged
             matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
     for _ in range(iterations):
@@ -71,7 +72,8 @@ def pamr(image, mask, iterations=10, dilations=(1, 2, 4, 8, 12, 24)):
     refined = []
     for b in range(batch):
         with torch.no_grad():
-            weights = affinity(image[b].to(work).flatten(1), index, len(dilations))
+            colours = image[b].to(work).flatten(1)  # [3, H, W] -> [3, H*W]
+            weights = affinity(colours, index, len(dilations))
         flat = values[b].flatten(1).T.contiguous()  # [K, H, W] -> [H*W, K]
         flat = _iterate(weights, index, flat, iterations)
         refined.append(flat.T.view(classes, height, width))  # [H*W, K] -> [K, H, W]

@@ -321,7 +321,7 @@ def fast_bf16():
 def normalised(images):
     """uint8 [B, 48, 48, 3] -> float [B, 3, 48, 48] with CLIP's mean and standard deviation."""
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
-    return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, 3, h, w]
 
 
 def pretrain(images, captions, tokenizer, seed):
@@ -522,7 +522,8 @@ def one_step(net, images, tokens, noise):
         mask, own = logits.sigmoid(), torch.arange(len(images))
         sample = ops.gumbel_sigmoid(logits[own, own].unsqueeze(1), noise)  # [B, 1, 4H, 4W]
         masked = F.interpolate(sample, size=images.shape[-2:], mode="nearest") * images  # [B, 3, h, w]
-        step = {"patches": torch.einsum("bhwc,nc->bnhw", patches, t), "mask": mask, "sample": sample, "masked": masked}
+        step = {"mask": mask, "sample": sample, "masked": masked}
+        step["patches"] = torch.einsum("bhwc,nc->bnhw", patches, t)  # [B, B, H, W]
         step["s_m"] = net.global_embedding(masked) @ t.T  # [B, B]
         step["s_f"] = torch.einsum("bnc,nc->bn", gcl.normalize(ops.masked_pool(v_n, mask)), t)  # [B, B]
         losses = net(images, tokens, noise)
@@ -549,7 +550,7 @@ def as_blue(values, low, high):
 
 def story_cells(images, texts, before, after):
     """Nine pairs of cells, one pair for each of STORY: uint8 arrays, or text."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)  # [3, 1, 1]
     steps, cells = (before, after), [(images[0], f'"{texts[0]}"')]
     patches = before["patches"][0, 0].numpy()
     cells.append((images[0], as_blue(patches, patches.min(), patches.max())))

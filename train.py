@@ -493,7 +493,7 @@ def draw_samples(run, path, rows=4):
     images, tokens = (torch.stack(x).to(run.device) for x in zip(*samples, strict=True))  # [n, 3, h, w], [n, context]
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         masks = run.net.segment(images, run.net.encode_text(tokens), kp_weight=0).cpu()  # [n, n, h, w]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.net.recipe.norm)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.net.recipe.norm)  # [3, 1, 1]
     words = [run.tokenizer.decode(row.tolist()).split("<end_of_text>")[0] for row in tokens]
     captions = [text.removeprefix("<start_of_text>").strip() for text in words]
     report.write_samples(path, (images.cpu() * std + mean).clamp(0, 1), masks, captions)

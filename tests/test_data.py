@@ -292,6 +292,14 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
 
 
+def test_noise_and_augmentation_of_a_sample_share_no_numbers(tmp_path):
+    drawn = []
+    pairs = dataset(make_shards(tmp_path))
+    pairs.transform = lambda image: drawn.append(torch.rand(64))
+    noise = pairs[(5, 3)][2]
+    assert not set(drawn[0].tolist()) & set(noise.flatten().tolist())
+
+
 IMAGES = {  # bytes of an image, and the grey value it is to be shown in
     "cmyk": (encode(grey(90, "CMYK"), "JPEG"), 90),
     "palette": (encode(grey(204, "P")), 204),

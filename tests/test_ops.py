@@ -189,6 +189,12 @@ def test_total_variation_is_anisotropic_and_a_mean_per_axis():
     exact(ops.total_variation(x).mean(), sum(down) / len(down) + sum(along) / len(along))
 
 
+@pytest.mark.parametrize("size", [(1, 4), (4, 1)])
+def test_total_variation_needs_neighbours_along_both_axes(size):
+    with pytest.raises(ValueError, match=f"a map of {size[0]} x {size[1]} has no neighbours"):
+        ops.total_variation(torch.zeros(2, *size))
+
+
 def test_total_variation_of_stripes_and_of_a_constant():
     stripes = torch.arange(4.0).remainder(2).expand(1, 1, 3, 4)
     assert float(ops.total_variation(stripes).mean()) == 1.0

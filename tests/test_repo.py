@@ -36,6 +36,23 @@ def test_each_equation_stands_once_in_the_code_and_once_in_the_tests():
         assert sorted(map(int, found)) == list(range(1, 15))
 
 
+RESHAPES = {"reshape", "view", "permute", "flatten", "unflatten", "einsum", "gather", "scatter_"}
+
+
+@pytest.mark.parametrize("name", ["adapter", "ops", "pamr", "gcl"])
+def test_every_reshape_einsum_and_gather_carries_its_shape(name):
+    text = (ROOT / f"{name}.py").read_text()
+    lines, seen = text.splitlines(), 0
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+            if RESHAPES & {f.attr for f in calls if isinstance(f, ast.Attribute)}:
+                seen += 1
+                comments = [line.partition("#")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
+                assert any("[" in comment for comment in comments), f"{name}.py:{node.lineno}: no shape"
+    assert seen
+
+
 def test_files_import_what_they_may():
     allowed = {
         "ops": {"torch"},
@@ -136,10 +153,14 @@ def test_every_command_of_the_readme_is_accepted():
         if line and line[0].startswith("--"):
             evaluate.parse_args(line)
             seen += 1
+    for line in commands("bench.py"):
+        if line and line[0].startswith("--"):
+            bench.parse_args(line)
+            seen += 1
     for row in re.findall(r"`\$TABLE2 ([^`]*)`", README):
         train.parse_args(row.split())
         seen += 1
-    assert seen >= 18
+    assert seen >= 21
 
 
 def test_every_flag_is_in_the_help_with_a_text(capsys):
