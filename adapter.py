@@ -33,8 +33,9 @@ class Scheme(NamedTuple):
 
 
 # Winograd's F(4, 3) (Lavin and Gray 2016): a product of polynomials from its values at 0, R, -R, Q, -Q and infinity: 6
-# products for 4 outputs instead of 12. With f(s) = s (s^2 - 1/2) (s^2 - 2), row p of B is f(s) / (s - p), of G it is
-# 1 p p^2 over f'(p), of A 1 p p^2 p^3. These points keep float32 as exact as the plain sum (Alam et al. 2022).
+# products for 4 outputs instead of 12. With f(s) = s (s^2 - 1/2) (s^2 - 2), row p of B is f(s) / (s - p), lowest power
+# first, of G it is 1 p p^2 over f'(p), of A 1 p p^2 p^3; for infinity they are f and the last unit rows. In float32 the
+# error is 2 times the plain sum's, of the weights' gradient 4 times; with 1, -1, 2, -2 it would be twice that.
 PLAIN = Scheme(
     step=4,
     out=4,
@@ -95,7 +96,7 @@ def _grid(y, scheme):
 
 def _bands(y, scheme):
     """y with a border of zeros [B, H', W', D], and (first, rows, columns) of bands of tiles that cover y."""
-    (rows, columns), beyond = _grid(y, scheme), len(scheme.b[0]) - scheme.step - 1  # the border is 1 on the other side
+    (rows, columns), beyond = _grid(y, scheme), len(scheme.b[0]) - scheme.step - 1  # of the border; above and left 1
     border = (1, columns * scheme.step - y.shape[2] + beyond, 1, rows * scheme.step - y.shape[1] + beyond)
     high = max(1, TILES // (len(y) * columns))
     return F.pad(y, (0, 0, *border)), [(k, min(high, rows - k), columns) for k in range(0, rows, high)]
@@ -117,6 +118,14 @@ def _conv_add(out, y, kernels, scheme):
         _add_patches(out[:, k * scheme.out :], outputs, scheme.out, scheme.out, *grid)
 
 
+def _add_product(total, left, right):
+    """total + left @ right of stacked matrices, in place, in float32 at least; total None at first."""
+    if total is not None and total.dtype == left.dtype:
+        return total.baddbmm_(left, right)
+    product = left @ right
+    return product.to(torch.promote_types(left.dtype, torch.float32)) if total is None else total.add_(product)
+
+
 def _conv_gradients(gradient, y, kernels, of_kernels, scheme):
     """The gradient of y, and of_kernels (None at first) plus that of the kernels. gradient: as out, whole tiles."""
     a, b, (padded, bands) = _both_axes(scheme.a, y), _both_axes(scheme.b, y), _bands(y, scheme)
@@ -126,8 +135,7 @@ def _conv_gradients(gradient, y, kernels, of_kernels, scheme):
         tiles = tiles.unflatten(1, (-1, y.shape[-1]))  # [t*t, tiles, I]
         of_product = a @ _patches(gradient[:, k * scheme.out :], scheme.out, scheme.out, *grid)  # [t*t, tiles*O]
         of_product = of_product.unflatten(1, (-1, gradient.shape[-1]))  # [t*t, tiles, O]
-        plus = torch.bmm if of_kernels is None else of_kernels.baddbmm_
-        of_kernels = plus(of_product.mT, tiles)  # [t*t, O, tiles] [t*t, tiles, I]
+        of_kernels = _add_product(of_kernels, of_product.mT, tiles)  # [t*t, O, tiles] [t*t, tiles, I]
         of_tiles = (of_product @ kernels).flatten(1)  # [t*t, tiles, O] [t*t, O, I]
         _add_patches(of_padded[:, k * scheme.step :], b.T @ of_tiles, size, scheme.step, *grid)
     return of_padded[:, 1 : y.shape[1] + 1, 1 : y.shape[2] + 1], of_kernels
@@ -140,12 +148,14 @@ def _whole_tiles(x, scheme):
 
 
 def scheme_of(weight, up):
-    """The shortcut that pays, or None for the library's own convolution; both are exact.
+    """The shortcut that pays, or None for the library's own convolution; they differ in rounding alone.
 
-    Measured on CPUs: both in float32, after upsampling alone in half precision. Other devices were not measured.
+    Measured on CPUs: both in float32, after upsampling alone in bfloat16. float16 has not the range for sums of a tile,
+    other devices were not measured.
     """
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return None if weight.device.type != "cpu" or half and not up else UPSAMPLED if up else PLAIN
+    if weight.device.type != "cpu" or weight.dtype == torch.float16:
+        return None
+    return UPSAMPLED if up else None if weight.dtype == torch.bfloat16 else PLAIN
 
 
 def upsample(x):
@@ -180,7 +190,7 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def parts(x, scheme):
-        """Slices of the batch: as many images as fill TILES, at least one; all of them on other devices than CPUs."""
+        """Slices of the batch: images with at most TILES tiles, or one; all of them on other devices than CPUs."""
         if x.device.type != "cpu":
             return [slice(None)]
         rows, columns = _grid(x, scheme or PLAIN)
@@ -193,7 +203,7 @@ class _Residual(torch.autograd.Function):
         ctx.up, scheme = up, scheme_of(weight, up)
         if scheme is None:
             height, width = (side * (2 if up else 1) for side in x.shape[1:3])
-            out = x.new_empty(len(x), height, width, len(weight), dtype=torch.promote_types(x.dtype, weight.dtype))
+            out = x.new_empty(len(x), height, width, len(weight))
             for part in _Residual.parts(x, scheme):
                 y = _Residual.activate(x[part], norm_weight, norm_bias, weight.dtype)
                 y = (upsample(y) if up else y).permute(0, 3, 1, 2)  # [b, I, height, width]
@@ -209,11 +219,16 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        with torch.autocast(gradient.device.type, enabled=False):
+            return _Residual.gradients(ctx, gradient)
+
+    @staticmethod
+    def gradients(ctx, gradient):
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         wanted, scheme = ctx.needs_input_grad, scheme_of(weight, ctx.up)
         kernels, of_kernels = None if scheme is None else _kernels(weight, scheme), None
         of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        of_x = (sum_2x2(gradient) if ctx.up else gradient).to(x.dtype, copy=True).contiguous()
+        of_x = (sum_2x2(gradient) if ctx.up else gradient.clone()).to(x.dtype).contiguous()
         norm = [v.detach().requires_grad_(w) for v, w in zip((norm_weight, norm_bias), wanted[1:3], strict=True)]
         for part in _Residual.parts(x, scheme):
             leaf = x[part].detach().requires_grad_(wanted[0])
@@ -229,8 +244,8 @@ class _Residual(torch.autograd.Function):
                 of_y, of_kernels = _conv_gradients(arrived, y.detach(), kernels, of_kernels, scheme)
             if y.requires_grad:
                 y.backward(of_y)
-        if scheme is not None:
-            of_weight = _both_axes(scheme.g, weight).T @ of_kernels.flatten(1)  # [9, t*t] [t*t, O*I]
+        if of_kernels is not None:
+            of_weight = _both_axes(scheme.g, of_kernels).T @ of_kernels.flatten(1)  # [9, t*t] [t*t, O*I]
             of_weight = of_weight.T.reshape(weight.shape)  # [9, O*I] -> [O, I, 3, 3]
         of_x = of_x if wanted[0] else None
         return of_x, *(v.grad for v in norm), of_weight.to(weight.dtype), gradient.sum((0, 1, 2)), None

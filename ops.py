@@ -76,7 +76,10 @@ class _Normalize(torch.autograd.Function):
 
 
 def normalize(x, dim=-1):
-    """x / |x| along dim, with a floor of 1e-6 for |x|, which half precision can hold. Any shape; returns the same."""
+    """x / |x| along dim, with a floor of 1e-6 for |x|, which half precision can hold. Any shape; returns the same.
+
+    Differentiable once.
+    """
     return _Normalize.apply(x, dim)
 
 
