@@ -44,6 +44,7 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 
 
 def parse_args(argv=None):
+    """The command line; wrong calls end with exit code 2."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to measure; default: all")
@@ -342,6 +343,7 @@ def peak(case, args):
 
 
 def print_peak(args, device):
+    """What peak() asks of a fresh process: bytes above what it had when idle, on stdout."""
     kind, number = args.peak.split()
     if kind == "train":
         run = make_step(args, device, int(number))[1]
@@ -385,6 +387,7 @@ def note(found):
 
 
 def main(args):
+    """Measures the stages one after the other, a row of the table at a time; writes --json at the end."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = gcl.pick_device(args.device)
