@@ -559,12 +559,15 @@ def read_stored(path):
     """The values of a label PNG as stored, integers [h, w]; DataError names a file that is no such PNG."""
     try:
         with Image.open(path) as image:
+            packed = str(image.tile[0][3]) if image.tile else ""  # how the pixels lie in the file
             mode, stored = image.mode, np.array(image)
     except UNREADABLE as error:
         raise DataError(f"{path}: not a label that can be read ({error})") from error
     if stored.ndim != 2 or stored.dtype.kind == "f":
         hint = "saved again by an image editor? Take the original file"
         raise DataError(f"{path}: stored as {mode}, not as class indices; a label is a palette or grey PNG ({hint})")
+    if spread := {"L;2": 85, "L;4": 17}.get(packed):  # PIL spreads grey of 2 and 4 bits over 0 to 255
+        stored = stored // spread
     return stored.astype(np.uint8) if stored.dtype == bool else stored
 
 

@@ -124,6 +124,27 @@ def test_labels_saved_as_colours_are_named_as_what_they_are(tmp_path, mode):
         data.read_label(str(path), data.lookup_table(range(9), [255]))
 
 
+def grey_png(rows, depth):
+    """A grey PNG of 2 or 4 bits a pixel by the format's own rules; Pillow does not write them."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    lines = ["".join(format(value, f"0{depth}b") for value in row) for row in rows]
+    packed = b"".join(b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big") for bits in lines)
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), depth, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(packed)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_grey_label_of_few_bits_is_read_as_stored(tmp_path, depth):
+    """3 of 2 bits would be 255, ignored, where Pillow spreads grey."""
+    rows = [[0, 1, 2, 3], [3, 2, 1, 0]] if depth == 2 else [[0, 8, 15, 3], [5, 5, 7, 1]]
+    (tmp_path / "x.png").write_bytes(grey_png(rows, depth))
+    assert data.read_label(str(tmp_path / "x.png"), data.lookup_table(range(16), [255])).tolist() == rows
+
+
 def test_a_label_of_one_bit_is_zeros_and_ones(tmp_path):
     values = np.array([[0, 1, 1], [1, 0, 0]], dtype=np.uint8)
     Image.fromarray(values.astype(bool)).save(tmp_path / "x.png")
