@@ -1071,7 +1071,10 @@ def read_mat(path, name):
 def context_label(paths):
     """One (.mat, .png): the 459 classes become 60; every id that is not one of CONTEXT_IDS is background, 0."""
     mat, png = paths
-    ids = read_mat(mat, "LabelMap").astype(np.int64)  # [h, w]
+    stored = read_mat(mat, "LabelMap")  # [h, w]
+    if not np.isfinite(stored).all() or (stored != np.floor(stored)).any():
+        raise DataError(f"{mat}: LabelMap holds values that are not whole; PASCAL Context's ids are 0 to 459")
+    ids = stored.astype(np.int64)
     values = np.unique(ids)
     if not values.size or values[0] < 0 or values[-1] > 459:
         raise DataError(f"{mat}: LabelMap holds {spans(values.tolist())}; PASCAL Context's ids are 0 to 459")

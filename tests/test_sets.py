@@ -529,6 +529,14 @@ def test_ids_that_are_none_of_the_459_are_named(tmp_path, value):
     assert not list(root.rglob("*.png")) and not list(root.rglob("SegmentationContext/*"))
 
 
+@pytest.mark.parametrize("value", [7.5, np.nan, np.inf])
+def test_ids_that_are_not_whole_are_refused(tmp_path, value):
+    root, maps = make_mats(tmp_path)
+    (root / "trainval/a.mat").write_bytes(mat_file(np.where(maps["a"] == 7, value, maps["a"]), kind=9))
+    with pytest.raises(data.DataError, match="a.mat: LabelMap holds values that are not whole"):
+        data.prepare_context(str(tmp_path))
+
+
 def test_prepare_context_refuses_in_one_line(tmp_path):
     check_refused(run("data.py", "prepare-context", "--data-root", tmp_path), 1, "trainval: no such folder", "--mat")
     (tmp_path / "mats").mkdir()
