@@ -89,6 +89,11 @@ def _add_patches(x, patches, size, step, rows, columns):
             x[:, i : i + step * (rows - 1) + 1 : step, j : j + step * (columns - 1) + 1 : step] += patches[i, j]
 
 
+def _tiles_at_once(dtype):
+    """In bfloat16 more: there each sum over tiles costs a pass to add it up in float32."""
+    return 4 * TILES if dtype == torch.bfloat16 else TILES
+
+
 def _grid(y, scheme):
     """(rows, columns) of the tiles that cover the inputs y [B, H, W, D]."""
     return tuple(-(-side // scheme.step) for side in y.shape[1:3])
@@ -98,7 +103,7 @@ def _bands(y, scheme):
     """y with a border of zeros [B, H', W', D], and (first, rows, columns) of bands of tiles that cover y."""
     (rows, columns), beyond = _grid(y, scheme), len(scheme.b[0]) - scheme.step - 1  # of the border; above and left 1
     border = (1, columns * scheme.step - y.shape[2] + beyond, 1, rows * scheme.step - y.shape[1] + beyond)
-    high = max(1, TILES // (len(y) * columns))
+    high = max(1, _tiles_at_once(y.dtype) // (len(y) * columns))
     return F.pad(y, (0, 0, *border)), [(k, min(high, rows - k), columns) for k in range(0, rows, high)]
 
 
@@ -189,12 +194,12 @@ class _Residual(torch.autograd.Function):
         return F.gelu(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps=1e-5)).to(dtype)
 
     @staticmethod
-    def parts(x, scheme):
-        """Slices of the batch: images with at most TILES tiles, or one; all of them on other devices than CPUs."""
+    def parts(x, scheme, dtype):
+        """Slices of the batch: images of a band's tiles, at least one; all of them on other devices than CPUs."""
         if x.device.type != "cpu":
             return [slice(None)]
         rows, columns = _grid(x, scheme or PLAIN)
-        n = max(1, TILES // (rows * columns))
+        n = max(1, (TILES if scheme is None else _tiles_at_once(dtype)) // (rows * columns))
         return [slice(k, k + n) for k in range(0, len(x), n)]
 
     @staticmethod
@@ -204,7 +209,7 @@ class _Residual(torch.autograd.Function):
         if scheme is None:
             height, width = (side * (2 if up else 1) for side in x.shape[1:3])
             out = x.new_empty(len(x), height, width, len(weight))
-            for part in _Residual.parts(x, scheme):
+            for part in _Residual.parts(x, scheme, weight.dtype):
                 y = _Residual.activate(x[part], norm_weight, norm_bias, weight.dtype)
                 y = (upsample(y) if up else y).permute(0, 3, 1, 2)  # [b, I, height, width]
                 y = F.conv2d(y, weight, bias.to(weight.dtype), padding=1).permute(0, 2, 3, 1)  # [b, height, width, O]
@@ -212,7 +217,7 @@ class _Residual(torch.autograd.Function):
             return out
         identity = upsample(x + bias) if up else x + bias
         out, kernels = _whole_tiles(identity, scheme), _kernels(weight, scheme)
-        for part in _Residual.parts(x, scheme):
+        for part in _Residual.parts(x, scheme, weight.dtype):
             _conv_add(out[part], _Residual.activate(x[part], norm_weight, norm_bias, weight.dtype), kernels, scheme)
         return out[:, : identity.shape[1], : identity.shape[2]]
 
@@ -230,7 +235,7 @@ class _Residual(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         of_x = (sum_2x2(gradient) if ctx.up else gradient.clone()).to(x.dtype).contiguous()
         norm = [v.detach().requires_grad_(w) for v, w in zip((norm_weight, norm_bias), wanted[1:3], strict=True)]
-        for part in _Residual.parts(x, scheme):
+        for part in _Residual.parts(x, scheme, weight.dtype):
             leaf = x[part].detach().requires_grad_(wanted[0])
             leaf.grad = of_x[part]  # autograd adds in place, to what came past the convolution
             with torch.enable_grad():
