@@ -27,9 +27,9 @@ class Scheme(NamedTuple):
 
     step: int  # inputs from one tile to the next
     out: int  # outputs of a tile
-    b: tuple
-    g: tuple
-    a: tuple  # A, not transposed: one row a product
+    b: tuple  # [products, inputs of a tile]
+    g: tuple  # [products, 3]
+    a: tuple  # [products, out]: A, not transposed
 
 
 # Winograd's F(4, 3) (Lavin and Gray 2016): a product of polynomials from its values at 0, R, -R, Q, -Q and infinity: 6
@@ -160,7 +160,9 @@ def scheme_of(weight, up):
     """
     if weight.device.type != "cpu" or weight.dtype == torch.float16:
         return None
-    return UPSAMPLED if up else None if weight.dtype == torch.bfloat16 else PLAIN
+    if up:
+        return UPSAMPLED
+    return None if weight.dtype == torch.bfloat16 else PLAIN
 
 
 def upsample(x):
@@ -191,6 +193,7 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def activate(x, norm_weight, norm_bias, dtype):
+        """GELU(LayerNorm(x)), what the convolution takes, in its dtype. [B, H, W, D]."""
         return F.gelu(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps=1e-5)).to(dtype)
 
     @staticmethod
@@ -204,6 +207,7 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, up):
+        """x: [B, H, W, D], weight: [D, D, 3, 3]. Returns [B, H, W, D], twice as high and wide if up."""
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.up, scheme = up, scheme_of(weight, up)
         if scheme is None:
@@ -224,11 +228,13 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        """Autocast may be on around a backward pass; what is computed again must be in the forward pass's precision."""
         with torch.autocast(gradient.device.type, enabled=False):
             return _Residual.gradients(ctx, gradient)
 
     @staticmethod
     def gradients(ctx, gradient):
+        """One for each argument of forward, None where none is wanted. gradient: as what forward returns."""
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         wanted, scheme = ctx.needs_input_grad, scheme_of(weight, ctx.up)
         kernels, of_kernels = None if scheme is None else _kernels(weight, scheme), None
@@ -269,6 +275,7 @@ class GatedBlock(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, up=False):
+        """[B, D, H, W] -> the same, or [B, D, 2H, 2W] if up. Under autocast the convolution is in its dtype."""
         kind, gate = x.device.type, torch.tanh(self.gate)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.conv.weight.dtype
         weight, bias = gate * self.conv.weight, gate * self.conv.bias  # tanh(g) Conv(x) has tanh(g) times the weights
@@ -291,6 +298,7 @@ class Adapter(nn.Module):
         )
 
     def forward(self, x):
+        """Any dtype and H, W; a gradient for x and for all parameters, once differentiable."""
         for _, first, second in self.stages:
             x = second(first(x, up=True))  # [B, D, H, W] -> [B, D, 2H, 2W]; the first block takes in the upsampling
         return x

@@ -177,7 +177,8 @@ def train(args, device):
 def yardstick(image, mask, iterations=10, dilations=DILATIONS):
     """PAMR in the usual way, with [B, K, 8 * dilations, H, W] tensors; image [B, 3, H, W], mask [B, K, H, W]."""
 
-    def around(x):  # [B, C, H, W] -> [B, C, dilations, 9, H, W], the centre fifth
+    def around(x):
+        """[B, C, H, W] -> [B, C, dilations, 9, H, W], the centre fifth."""
         height, width = x.shape[-2:]
         padded = [F.pad(x, (d,) * 4, mode="replicate") for d in dilations]
         cuts = [

@@ -31,6 +31,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        """gradient: [N, ...] of this rank's loss. Returns that of all ranks' losses for this rank's rows, [B, ...]."""
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)  # every rank's loss counts for this rank's rows
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]  # [N, ...] -> [B, ...]
@@ -70,6 +71,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """gradient: as y. Returns that of x, and None for dim."""
         y, norm = ctx.saved_tensors
         along = (y * gradient).sum(ctx.dim, keepdim=True) * (norm > EPS)  # below the floor x is divided by a constant
         return torch.addcmul(gradient, y, along, value=-1).div_(norm.clamp(min=EPS)), None
@@ -158,6 +160,7 @@ class _TotalVariation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """gradient: [...], one value a map. Returns that of x, [..., H, W]."""
         (x,) = ctx.saved_tensors
         total = torch.zeros_like(x)
         for dim in (-2, -1):

@@ -209,6 +209,9 @@ def test_shortcuts_are_taken_where_they_were_measured():
     for dtype, schemes in expected.items():
         assert tuple(adapter.scheme_of(torch.empty(1, dtype=dtype), up) for up in (False, True)) == schemes
     assert adapter.scheme_of(torch.empty(1, device="meta"), True) is None
+    maps = torch.empty(600, 4, 4, 1)
+    assert adapter._Residual.parts(maps.to("meta"), None, maps.dtype) == [slice(None)]
+    assert [len(maps[part]) for part in adapter._Residual.parts(maps, adapter.PLAIN, maps.dtype)] == [256, 256, 88]
 
 
 def test_no_images_give_no_gradient_and_a_second_derivative_is_refused():
