@@ -33,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import backbone
 import data
 import evaluate
+import files
 import gcl
 import pamr
 
@@ -45,25 +47,60 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 
 def parse_args(argv=None):
     """The command line; wrong calls end with exit code 2."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = p.add_argument
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to measure; default: all")
+    add(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="what to measure; default: all",
+    )
     add("--json", metavar="FILE", help="also write the rows, with the times of every round")
-    add("--precision", choices=list(DTYPES), default="fp32", help="of the measured side of segment, train, evaluate")
-    add("--model", default="ViT-B-16-quickgelu", help="open_clip name or model-config .json, with random weights")
+    add(
+        "--precision",
+        choices=list(DTYPES),
+        default="fp32",
+        help="of the measured side of segment, train, evaluate",
+    )
+    add(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        help="open_clip name or model-config .json, with random weights",
+    )
     add("--window", type=int, default=448, help="side of the segmented window in pixels")
     add("--classes", type=int, nargs="+", default=[21, 60, 171], help="numbers of classes")
     add("--batches", type=int, nargs="+", default=[8, 16], help="batch sizes of the training step")
-    add("--micro-batch", type=int, metavar="M", help="images at a time in the training step, train.py's flag")
+    add(
+        "--micro-batch",
+        type=int,
+        metavar="M",
+        help="images at a time in the training step, train.py's flag",
+    )
     add("--pamr-size", type=int, default=112, help="side of PAMR's masks")
-    add("--images", type=int, default=4, help="images of the evaluation, and a sixteenth of the loader's pairs")
+    add(
+        "--images",
+        type=int,
+        default=4,
+        help="images of the evaluation, and a sixteenth of the loader's pairs",
+    )
     add("--pairs", type=int, default=20_000, help="synthetic pairs of the shards, about 30 kB each")
     add("--rounds", type=int, default=5, help="rounds of each measurement, after one to warm up")
     add("--threads", type=int, help="CPU threads; default: torch's own")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--peak", help=argparse.SUPPRESS)  # the child process of one memory measurement
     args = p.parse_args(argv)
-    sizes = [args.window, args.pamr_size, args.images, args.rounds, args.pairs, *args.classes, *args.batches]
+    sizes = [
+        args.window,
+        args.pamr_size,
+        args.images,
+        args.rounds,
+        args.pairs,
+        *args.classes,
+        *args.batches,
+    ]
     sizes += [args.threads or 1, args.micro_batch or 1]
     if min(sizes) < 1:
         p.error("sizes, numbers, --rounds and --threads must be at least 1")
@@ -96,7 +133,14 @@ def row(stage, name, times, floors):
     """One row of the table. ratio: the median over rounds of time / floor."""
     ratio = statistics.median(t / f for t, f in zip(times, floors, strict=True))
     medians = {"seconds": statistics.median(times), "floor_seconds": statistics.median(floors)}
-    return {"stage": stage, "what": name, **medians, "ratio": ratio, "times": times, "floor_times": floors}
+    return {
+        "stage": stage,
+        "what": name,
+        **medians,
+        "ratio": ratio,
+        "times": times,
+        "floor_times": floors,
+    }
 
 
 def autocast(args, device):
@@ -119,7 +163,7 @@ def plain_forward(clip, size):
     """open_clip's own image forward at this size: its ViT, with positions resized once."""
     visual = copy.deepcopy(clip.visual)
     grid = (size // visual.patch_size[0],) * 2
-    positions = gcl.resize_positions(visual.positional_embedding, visual.grid_size, grid)
+    positions = backbone.resize_positions(visual.positional_embedding, visual.grid_size, grid)
     visual.positional_embedding = torch.nn.Parameter(positions, requires_grad=False)
     return torch.no_grad()(visual)
 
@@ -131,13 +175,19 @@ def segment(args, device):
     """One window for each number of classes, PAMR off and on, against CLIP's forward of that window."""
     net, _ = make_net(args, device)
     window = args.window // net.patch * net.patch
-    images, plain = torch.randn(1, 3, window, window, device=device), plain_forward(net.clip, window)
+    images, plain = (
+        torch.randn(1, 3, window, window, device=device),
+        plain_forward(net.clip, window),
+    )
 
     def run(classes, refine):
         with autocast(args, device):
             net.segment(images, texts[classes], refine)
 
-    texts = {k: F.normalize(torch.randn(k, net.clip.visual.proj.shape[1], device=device), dim=-1) for k in args.classes}
+    texts = {
+        k: F.normalize(torch.randn(k, net.clip.visual.proj.shape[1], device=device), dim=-1)
+        for k in args.classes
+    }
     variants = {"": None, ", PAMR": pamr.pamr}
     cases = {
         f"{k} classes{name}": lambda k=k, refine=refine: run(k, refine)
@@ -151,7 +201,10 @@ def make_step(args, device, batch):
     """(images, function that runs a forward and backward pass on them, net)."""
     net, tokenizer = make_net(args, device)
     images = torch.randn(batch, 3, *net.clip.visual.image_size, device=device)
-    captions = [f"a photo of a small brown dog that runs over the wet grass, number {k}" for k in range(batch)]
+    captions = [
+        f"a photo of a small brown dog that runs over the wet grass, number {k}"
+        for k in range(batch)
+    ]
     tokens = tokenizer(captions).to(device)
 
     def step():
@@ -169,7 +222,9 @@ def train(args, device):
     for batch in args.batches:
         images, step, net = make_step(args, device, batch)
         plain = plain_forward(net.clip, images.shape[-1])
-        found = compare("train", lambda p=plain, x=images: p(x), {f"batch {batch}": step}, args, device)
+        found = compare(
+            "train", lambda p=plain, x=images: p(x), {f"batch {batch}": step}, args, device
+        )
         rows.append(found[0] | {"bytes": peak(f"train {batch}", args)})
     return rows
 
@@ -182,7 +237,14 @@ def yardstick(image, mask, iterations=10, dilations=DILATIONS):
         height, width = x.shape[-2:]
         padded = [F.pad(x, (d,) * 4, mode="replicate") for d in dilations]
         cuts = [
-            torch.stack([p[..., i : i + height, j : j + width] for i in (0, d, 2 * d) for j in (0, d, 2 * d)], 2)
+            torch.stack(
+                [
+                    p[..., i : i + height, j : j + width]
+                    for i in (0, d, 2 * d)
+                    for j in (0, d, 2 * d)
+                ],
+                2,
+            )
             for p, d in zip(padded, dilations, strict=True)
         ]
         return torch.stack(cuts, 2)
@@ -207,9 +269,17 @@ def refine(args, device):
         apart = (pamr.pamr(image, mask) - yardstick(image, mask)).abs().max().item()
         slow = {"yardstick": lambda x=image, m=mask: yardstick(x, m)}
         found = compare("pamr", lambda x=image, m=mask: pamr.pamr(x, m), slow, args, device)[0]
-        both = {"bytes": peak(f"pamr {classes}", args), "floor_bytes": peak(f"yardstick {classes}", args)}
-        times = found["floor_times"], found["times"]  # the yardstick is the floor of the row, so the ratio is below 1
-        rows.append(row("pamr", f"{classes} classes", *times) | both | {"largest_difference": apart})
+        both = {
+            "bytes": peak(f"pamr {classes}", args),
+            "floor_bytes": peak(f"yardstick {classes}", args),
+        }
+        times = (
+            found["floor_times"],
+            found["times"],
+        )  # the yardstick is the floor of the row, so the ratio is below 1
+        rows.append(
+            row("pamr", f"{classes} classes", *times) | both | {"largest_difference": apart}
+        )
     return rows
 
 
@@ -224,8 +294,14 @@ def write_shard(path, jpegs):
     with tarfile.open(path, "w") as tar:
         for k, jpeg in enumerate(jpegs):
             caption = f"a photo, number {k}"
-            fields = json.dumps({"caption": caption, "status": "success", "width": 500, "height": 375})
-            for suffix, content in (("jpg", jpeg), ("json", fields.encode()), ("txt", caption.encode())):
+            fields = json.dumps(
+                {"caption": caption, "status": "success", "width": 500, "height": 375}
+            )
+            for suffix, content in (
+                ("jpg", jpeg),
+                ("json", fields.encode()),
+                ("txt", caption.encode()),
+            ):
                 info = tarfile.TarInfo(f"{k:09d}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -249,7 +325,9 @@ def loader(args, device):
 
         def bare():
             for jpeg in jpegs:
-                Image.open(io.BytesIO(jpeg)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+                Image.open(io.BytesIO(jpeg)).convert("RGB").resize(
+                    (size, size), Image.Resampling.BICUBIC
+                )
 
         cases = {f"{len(jpegs)} pairs": lambda: [pairs[k, k] for k in range(len(jpegs))]}
         found = compare("loader", bare, cases, args, torch.device("cpu"))[0]
@@ -276,30 +354,48 @@ def shards(args, device):
     rng, each, bytes_ = np.random.default_rng(0), min(args.pairs, 10_000), os.urandom(32_000)
     with tempfile.TemporaryDirectory() as folder, ThreadPool(16) as pool:
         sizes = rng.integers(24_000, 32_000, (args.pairs // each, each))
-        paths = [write_shard(f"{folder}/{k}.tar", (bytes_[:n] for n in row)) for k, row in enumerate(sizes)]
+        paths = [
+            write_shard(f"{folder}/{k}.tar", (bytes_[:n] for n in row))
+            for k, row in enumerate(sizes)
+        ]
         index = data.index_shards(paths)
-        places = [(path, index[len(paths) + k * each + i]) for k, path in enumerate(paths) for i in range(each)]
+        places = [
+            (path, index[len(paths) + k * each + i])
+            for k, path in enumerate(paths)
+            for i in range(each)
+        ]
         mixed = [places[k] for k in rng.permutation(len(places))]
         cold, many = partial(drop_caches, paths), {"headers": 3 * len(places), "pairs": len(places)}
 
         def scan(function):
-            return lambda: list(data.in_parallel(function, paths, len(paths), ""))
+            return lambda: list(files.in_parallel(function, paths, len(paths), ""))
 
         def read(items):
-            return lambda: list(pool.imap_unordered(lambda item: data.read_bytes(*item), items, chunksize=64))
+            return lambda: list(
+                pool.imap_unordered(lambda item: data.read_bytes(*item), items, chunksize=64)
+            )
 
         names = [f"scan of {many['headers']:,} headers", f"random reads of {many['pairs']:,} pairs"]
-        found = compare("shards", scan(tarfile_scan), {names[0]: scan(data.scan_shard)}, args, device, cold)
+        found = compare(
+            "shards", scan(tarfile_scan), {names[0]: scan(data.scan_shard)}, args, device, cold
+        )
         found += compare("shards", read(places), {names[1]: read(mixed)}, args, device, cold)
-    return [r | {"per_second": {k: n / r["seconds"]}} for r, (k, n) in zip(found, many.items(), strict=True)]
+    return [
+        r | {"per_second": {k: n / r["seconds"]}}
+        for r, (k, n) in zip(found, many.items(), strict=True)
+    ]
 
 
 def whole_evaluation(args, device):
     """Images a second of reading, windows, resize and scores together, against CLIP's forward of the windows."""
     net, _ = make_net(args, device)
     flags = ["--datasets", "voc", "--precision", args.precision, "--window", str(args.window)]
-    ev = evaluate.parse_args([*flags, "--stride", str(max(args.window // 2, 1)), "--short-side", str(args.window)])
-    text = F.normalize(torch.randn(args.classes[0], net.clip.visual.proj.shape[1], device=device), dim=-1)
+    ev = evaluate.parse_args(
+        [*flags, "--stride", str(max(args.window // 2, 1)), "--short-side", str(args.window)]
+    )
+    text = F.normalize(
+        torch.randn(args.classes[0], net.clip.visual.proj.shape[1], device=device), dim=-1
+    )
     label = torch.zeros(375, 500, dtype=torch.int64, device=device)
     plain, parts = plain_forward(net.clip, args.window // net.patch * net.patch), {}
     height, width = evaluate.resized(375, 500, args.window)
@@ -321,11 +417,15 @@ def whole_evaluation(args, device):
             for path in paths:
                 image = timed("read", data.read_image, path)
                 masks = timed("masks", evaluate.segment_image, net, image, text, ev)
-                _, index = timed("resize and argmax", evaluate.best_class, masks, tuple(label.shape))
+                _, index = timed(
+                    "resize and argmax", evaluate.best_class, masks, tuple(label.shape)
+                )
                 timed("scores", evaluate.confusion, label, index, len(text))
 
         name = f"{args.images} images, {n} windows each, {len(text)} classes"
-        found = compare("evaluate", lambda: [plain(crops) for _ in paths], {name: run}, args, device)[0]
+        found = compare(
+            "evaluate", lambda: [plain(crops) for _ in paths], {name: run}, args, device
+        )[0]
     whole = sum(map(sum, parts.values()))
     split = {name: sum(times) / whole for name, times in parts.items()}
     return [found | {"images_per_second": args.images / found["seconds"], "split": split}]
@@ -336,11 +436,22 @@ def whole_evaluation(args, device):
 
 def peak(case, args):
     """Bytes above the idle process that a case needs at its peak, measured in a fresh process."""
-    command = [sys.executable, __file__, "--peak", case, "--model", args.model, "--precision", args.precision]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        case,
+        "--model",
+        args.model,
+        "--precision",
+        args.precision,
+    ]
     command += ["--pamr-size", str(args.pamr_size), "--threads", str(torch.get_num_threads())]
     command += ["--device", args.device] if args.device else []
     command += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def print_peak(args, device):
@@ -350,8 +461,13 @@ def print_peak(args, device):
         run = make_step(args, device, int(number))[1]
     else:
         function = pamr.pamr if kind == "pamr" else yardstick
-        image, mask = (torch.rand(1, c, args.pamr_size, args.pamr_size, device=device) for c in (3, int(number)))
-        function(image[..., :32, :32], mask[:, :1, :32, :32])  # libraries are loaded before idle is measured
+        image, mask = (
+            torch.rand(1, c, args.pamr_size, args.pamr_size, device=device)
+            for c in (3, int(number))
+        )
+        function(
+            image[..., :32, :32], mask[:, :1, :32, :32]
+        )  # libraries are loaded before idle is measured
 
         def run():
             function(image, mask)
@@ -371,7 +487,9 @@ def peak_of_process():
     """Bytes; Linux's getrusage also counts the process that this one was started from, /proc does not."""
     if os.path.exists("/proc/self/status"):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def note(found):
@@ -380,23 +498,35 @@ def note(found):
     if "bytes" in found:
         said.append(f"{found['bytes'] / 1e6:.0f} MB")
     if "floor_bytes" in found:
-        said.append(f"yardstick {found['floor_bytes'] / 1e6:.0f} MB, differs by {found['largest_difference']:.0e}")
+        said.append(
+            f"yardstick {found['floor_bytes'] / 1e6:.0f} MB, differs by {found['largest_difference']:.0e}"
+        )
     said += [f"{n:,.0f} {name}/s" for name, n in found.get("per_second", {}).items()]
     if "images_per_second" in found:
         said.append(f"{found['images_per_second']:.2f} images/s")
-    return ", ".join(said + [f"{name} {share:.0%}" for name, share in found.get("split", {}).items()])
+    return ", ".join(
+        said + [f"{name} {share:.0%}" for name, share in found.get("split", {}).items()]
+    )
 
 
 def main(args):
     """Measures the stages one after the other, a row of the table at a time; writes --json at the end."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = gcl.pick_device(args.device)
+    device = backbone.pick_device(args.device)
     if args.peak:
         return print_peak(args, device)
-    functions = dict(zip(STAGES, (segment, train, refine, loader, shards, whole_evaluation), strict=True))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-    print(f"{args.model}, {args.precision}, {name}, torch {torch.__version__}, median of {args.rounds} rounds\n")
+    functions = dict(
+        zip(STAGES, (segment, train, refine, loader, shards, whole_evaluation), strict=True)
+    )
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU thread(s)"
+    )
+    print(
+        f"{args.model}, {args.precision}, {name}, torch {torch.__version__}, median of {args.rounds} rounds\n"
+    )
     print("| stage | what | seconds | floor | ratio | |\n|---|---|---|---|---|---|", flush=True)
     rows = []
     for stage in args.stages:
@@ -405,8 +535,15 @@ def main(args):
             print(f"| {stage} | {found['what']} | {times} | {note(found)} |", flush=True)
             rows.append(found)
     if args.json:
-        facts = {"model": args.model, "precision": args.precision, "threads": torch.get_num_threads(), "device": name}
-        Path(f"{args.json}.tmp").write_text(json.dumps(facts | {"torch": torch.__version__, "rows": rows}, indent=1))
+        facts = {
+            "model": args.model,
+            "precision": args.precision,
+            "threads": torch.get_num_threads(),
+            "device": name,
+        }
+        Path(f"{args.json}.tmp").write_text(
+            json.dumps(facts | {"torch": torch.__version__, "rows": rows}, indent=1)
+        )
         os.replace(f"{args.json}.tmp", args.json)
 
 
@@ -414,6 +551,6 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (data.DataError, gcl.CheckpointError, OSError) as error:
+    except (files.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -13,7 +13,6 @@ import functools
 import html
 import json
 import math
-import os
 import re
 import sys
 import unicodedata
@@ -23,9 +22,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import files
+
 ROWS = 6  # images on a picture sheet
 CELL = 256  # pixels of a picture's longer side
-COLUMNS = ("voc", "context", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
+COLUMNS = (
+    "voc",
+    "context",
+    "coco_object",
+    "voc20",
+    "context59",
+    "coco_stuff",
+    "cityscapes",
+    "ade20k",
+)
 TITLES = ("VOC", "Context", "Object", "VOC20", "Context59", "Stuff", "City", "ADE")
 TABLE_1 = {  # the paper's figures, mIoU in percent, in the order of COLUMNS, then the average
     "GroupViT (YFCC)": (49.5, 19.0, 24.3, 74.1, 20.8, 12.6, 6.9, 8.7, 27.0),
@@ -44,81 +54,73 @@ TABLE_3 = {  # the paper's figures, mIoU of some classes alone: VOC20, Context59
 }
 RUN = "this run"
 NUMBER = (int, float, type(None))
-FIELDS = {"miou": NUMBER, "images": int, "iou": dict, "partial_miou": NUMBER}  # of every set in results.json
-
-
-class ReportError(ValueError):
-    """Results that cannot be rendered; the message names the file and the field."""
+FIELDS = {
+    "miou": NUMBER,
+    "images": int,
+    "iou": dict,
+    "partial_miou": NUMBER,
+}  # of every set in results.json
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path, write):
-    """Calls write(temporary path) and moves what it wrote to path: the file is there whole, or as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path, text):
-    """UTF-8, whole or not at all."""
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
-def save_png(path, picture):
-    """A PIL picture as PNG, whole or not at all."""
-    write_whole(path, lambda file: picture.save(file, format="PNG"))
-
-
 def write_results(folder, results):
     """results.json of one run, or of the part of it that is done, and all that is rendered from it."""
-    write_text(Path(folder, "results.json"), json.dumps(results, indent=1) + "\n")
+    files.write_text(Path(folder, "results.json"), json.dumps(results, indent=1) + "\n")
     render(folder, results)
 
 
 def render(folder, results):
     """results.md, radar.png (with three of the eight sets or more) and report.html, with the sheets that are there."""
-    write_text(Path(folder, "results.md"), markdown(results))
+    files.write_text(Path(folder, "results.md"), markdown(results))
     drawn, path = radar(results), Path(folder, "radar.png")
     if "radar" not in results["datasets"]:  # else radar.png is the picture sheet of that set
         path.unlink(missing_ok=True)  # an earlier run's
         if drawn:
-            save_png(path, drawn)
-    write_text(Path(folder, "report.html"), page(folder, results))
+            files.save_png(path, drawn)
+    files.write_text(Path(folder, "report.html"), page(folder, results))
 
 
 def read_results(folder):
-    """The checked results.json of a folder; ReportError names what is wrong with it."""
+    """The checked results.json of a folder; files.InputError names what is wrong with it."""
     path = Path(folder, "results.json")
     if not path.is_file():
-        raise ReportError(f"{path}: no such file; give the folder that evaluate.py --out wrote")
+        raise files.InputError(
+            f"{path}: no such file; give the folder that evaluate.py --out wrote"
+        )
     try:
         results = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # NaN is none
     except ValueError as error:
-        raise ReportError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(results, dict) or not all(isinstance(results.get(f), dict) for f in ("settings", "datasets")):
-        raise ReportError(f"{path}: needs the fields settings and datasets, as evaluate.py writes them")
+        raise files.InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(results, dict) or not all(
+        isinstance(results.get(f), dict) for f in ("settings", "datasets")
+    ):
+        raise files.InputError(
+            f"{path}: needs the fields settings and datasets, as evaluate.py writes them"
+        )
     for name, r in results["datasets"].items():
         _check(path, name, r)
     return results
 
 
 def _check(path, name, r):
-    """ReportError where the entry of one set lacks a field, or its values are of another kind."""
+    """files.InputError where the entry of one set lacks a field, or its values are of another kind."""
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ReportError(f"{path}: the set {name!r} has a name that is no file name")
+        raise files.InputError(f"{path}: the set {name!r} has a name that is no file name")
     where = f"{path}: {name}"
     for field, kind in FIELDS.items():
         if not isinstance(r, dict) or not isinstance(r.get(field, ()), kind):
-            raise ReportError(f"{where}: {field} is missing, or not of its kind")
+            raise files.InputError(f"{where}: {field} is missing, or not of its kind")
     if "partial" not in r and not isinstance(r.get("full", ()), int | None):
-        raise ReportError(f"{where}: needs partial, or full, to tell whether these are all images of the set")
+        raise files.InputError(
+            f"{where}: needs partial, or full, to tell whether these are all images of the set"
+        )
     sweep = r.get("sweep", {})
-    if not isinstance(sweep, dict) or not all(isinstance(v, NUMBER) for v in (*r["iou"].values(), *sweep.values())):
-        raise ReportError(f"{where}: iou and sweep must hold numbers")
+    if not isinstance(sweep, dict) or not all(
+        isinstance(v, NUMBER) for v in (*r["iou"].values(), *sweep.values())
+    ):
+        raise files.InputError(f"{where}: iou and sweep must hold numbers")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -159,9 +161,15 @@ def notes(results):
     protocol = results["settings"].get("unified_protocol")
     partial = [name for name, r in results["datasets"].items() if is_partial(r)]
     if protocol is False:
-        yield "Outside the unified protocol", "these settings differ from it, so do not compare with the paper."
+        yield (
+            "Outside the unified protocol",
+            "these settings differ from it, so do not compare with the paper.",
+        )
     if protocol is None:
-        yield "Protocol not known", "nothing records whether this run, or who made its label files, kept to it."
+        yield (
+            "Protocol not known",
+            "nothing records whether this run, or who made its label files, kept to it.",
+        )
     if partial:
         yield "Partial", f"only some of the images of {', '.join(partial)}."
     elif results.get("partial"):
@@ -179,7 +187,9 @@ def beside(results, caption, paper, titles, names, field):
         return None
     partial = [bool(r) and is_partial(r) for r in entries]
     average = None if None in values else sum(values) / len(values)
-    cells = [marked(v, p) for v, p in zip([*values, average], [*partial, any(partial)], strict=True)]
+    cells = [
+        marked(v, p) for v, p in zip([*values, average], [*partial, any(partial)], strict=True)
+    ]
     rows = [(name, [number(v) for v in figures]) for name, figures in paper.items()]
     return caption, ("method", *titles, "Avg."), [*rows, (run_name(results), cells)]
 
@@ -191,8 +201,24 @@ def own_table(results):
         best = max(((v, t) for t, v in r.get("sweep", {}).items() if v is not None), default=None)
         sweep = "" if best is None else f"{marked(best[0], is_partial(r))} at {best[1]}"
         images = f"{r['images']} of {r['full']}" if r.get("full") else str(r["images"])
-        rows.append((name, [marked(r["miou"], is_partial(r)), images, marked(r["partial_miou"], is_partial(r)), sweep]))
-    header = ("set", "mIoU", "images", "mIoU of Table 3's classes", "best of the sweep (diagnostic)")
+        rows.append(
+            (
+                name,
+                [
+                    marked(r["miou"], is_partial(r)),
+                    images,
+                    marked(r["partial_miou"], is_partial(r)),
+                    sweep,
+                ],
+            )
+        )
+    header = (
+        "set",
+        "mIoU",
+        "images",
+        "mIoU of Table 3's classes",
+        "best of the sweep (diagnostic)",
+    )
     return "All sets of this run", header, rows
 
 
@@ -201,7 +227,14 @@ def tables(results):
     some, names = ("VOC20", "Context59", "Stuff"), ("voc20", "context59", "coco_stuff")
     found = [
         beside(results, "Table 1 (the paper's figures)", TABLE_1, TITLES, COLUMNS, "miou"),
-        beside(results, "Table 3 (the paper's figures), some classes", TABLE_3, some, names, "partial_miou"),
+        beside(
+            results,
+            "Table 3 (the paper's figures), some classes",
+            TABLE_3,
+            some,
+            names,
+            "partial_miou",
+        ),
         own_table(results),
     ]
     return [table for table in found if table]
@@ -224,7 +257,9 @@ def markdown(results):
     lines += ["```json", json.dumps(results["settings"], indent=1, ensure_ascii=False), "```", ""]
     for caption, header, rows in tables(results):
         lines += [f"## {caption}", "", row(header[0], header[1:]), "|---" * len(header) + "|"]
-        lines += [row(f"**{name}**" if name.startswith(RUN) else name, cells) for name, cells in rows] + [""]
+        lines += [
+            row(f"**{name}**" if name.startswith(RUN) else name, cells) for name, cells in rows
+        ] + [""]
     for name, r in results["datasets"].items():
         lines += [f"## {heading(name, r)}", "", row("class", ("IoU",)), "|---|---|"]
         lines += [row(cell(c), (marked(v, is_partial(r)),)) for c, v in r["iou"].items()] + [""]
@@ -262,7 +297,9 @@ def font(size):
 @functools.cache
 def _has(size, letter):
     """Whether the font has a letter: it is not drawn as the box that stands for none."""
-    return letter == " " or bytes(font(size).getmask(letter)) != bytes(font(size).getmask("\U0010ffff"))
+    return letter == " " or bytes(font(size).getmask(letter)) != bytes(
+        font(size).getmask("\U0010ffff")
+    )
 
 
 def drawable(text, size):
@@ -270,7 +307,9 @@ def drawable(text, size):
     out = []
     for letter in " ".join(text.split()):
         base = "-dagger" if letter == "†" else unicodedata.normalize("NFKD", letter)[0]
-        out.append(letter if _has(size, letter) else base if all(_has(size, b) for b in base) else "?")
+        out.append(
+            letter if _has(size, letter) else base if all(_has(size, b) for b in base) else "?"
+        )
     return "".join(out)
 
 
@@ -300,13 +339,17 @@ def regions(indices):
     """int64 [h, w]: one number for all pixels of a class that hang together (4 neighbours), another elsewhere."""
     at = np.arange(indices.size).reshape(indices.shape)
     across, down = indices[:, 1:] == indices[:, :-1], indices[1:] == indices[:-1]
-    a = np.concatenate([at[:, 1:][across], at[1:][down]])  # [edges] pixels and their equal neighbours
+    a = np.concatenate(
+        [at[:, 1:][across], at[1:][down]]
+    )  # [edges] pixels and their equal neighbours
     b = np.concatenate([at[:, :-1][across], at[:-1][down]])
     root = at.ravel()
     while (root[a] != root[b]).any():
         low = np.minimum(root[a], root[b])
         root = root.copy()
-        np.minimum.at(root, np.maximum(root[a], root[b]), low)  # the larger root hangs under the smaller
+        np.minimum.at(
+            root, np.maximum(root[a], root[b]), low
+        )  # the larger root hangs under the smaller
         while (root != root[root]).any():
             root = root[root]
     return root.reshape(indices.shape)
@@ -340,12 +383,23 @@ def draw_names(picture, indices, names, size=13):
         done.add(k)
         y, x = inside(where == root)
         half = font(size).getlength(drawable(names[k], size)) / 2 + 2
-        x = min(max(x, half), max(picture.width - half, half))  # the whole name stays in the picture
+        x = min(
+            max(x, half), max(picture.width - half, half)
+        )  # the whole name stays in the picture
         y = min(max(y, size // 2 + 1), picture.height - size // 2 - 1)
         box = np.s_[max(y - size // 2, 0) : y + size // 2 + 1, int(x - half) : int(x + half)]
         if not taken[box].any():
             taken[box] = True
-            put_text(draw, (x, y), names[k], size, "white", anchor="mm", stroke_width=2, stroke_fill="black")
+            put_text(
+                draw,
+                (x, y),
+                names[k],
+                size,
+                "white",
+                anchor="mm",
+                stroke_width=2,
+                stroke_fill="black",
+            )
 
 
 def write_sheet(path, dataset, pictures):
@@ -353,8 +407,13 @@ def write_sheet(path, dataset, pictures):
 
     pictures: (image uint8 [h, w, 3], label [h, w], prediction [h, w]).
     """
-    rows = [[fit(Image.fromarray(image)), *(_named(m, dataset) for m in maps)] for image, *maps in pictures]
-    present = sorted(set(np.concatenate([np.unique(m) for _, *maps in pictures for m in maps]).tolist()) - {255})
+    rows = [
+        [fit(Image.fromarray(image)), *(_named(m, dataset) for m in maps)]
+        for image, *maps in pictures
+    ]
+    present = sorted(
+        set(np.concatenate([np.unique(m) for _, *maps in pictures for m in maps]).tolist()) - {255}
+    )
     gap, line, per_row = 8, 20, 4
     width, top = 3 * (CELL + gap) + gap, gap + 2 * line
     legend = top + sum(max(cell.height for cell in cells) + gap for cells in rows)
@@ -372,7 +431,7 @@ def write_sheet(path, dataset, pictures):
         x, y = gap + (i % per_row) * (width // per_row), legend + (i // per_row) * line
         draw.rectangle((x, y + 3, x + 12, y + 15), tuple(dataset.palette[k]), "black")
         put_text(draw, (x + 18, y), dataset.classes[k], 14, width=width // per_row - 22)
-    save_png(path, sheet)
+    files.save_png(path, sheet)
 
 
 def _named(indices, dataset):
@@ -431,7 +490,10 @@ def radar(results):
         for share in (0.25, 0.5, 0.75, 1):
             draw_line(draw, vertex(k, share), vertex(k + 1, share), "#cccccc", 1)
     for name, figures in rows.items():
-        points = [None if v is None else vertex(k, v / best[k]) for k, v in enumerate(figures[: len(COLUMNS)])]
+        points = [
+            None if v is None else vertex(k, v / best[k])
+            for k, v in enumerate(figures[: len(COLUMNS)])
+        ]
         draw_series(draw, name, [*points, points[0]])
     for name, (x, y) in _legend(rows):
         draw_series(draw, name, [(x, y), (x + 25, y), (x + 50, y)])
@@ -449,7 +511,13 @@ def _legend(names):
 def _radar_text(draw, results, entries, best):
     put_text(draw, (360, 18), "mIoU, each axis from 0 to its best row", 18, anchor="mm")
     for k, (name, r) in enumerate(zip(TITLES, entries, strict=True)):
-        state = "not run" if r is None else "no number" if r["miou"] is None else "partial" * is_partial(r)
+        state = (
+            "not run"
+            if r is None
+            else "no number"
+            if r["miou"] is None
+            else "partial" * is_partial(r)
+        )
         x, y = vertex(k, 1 + (50 if k % 4 == 0 else 68) / RADIUS)
         lines = [text for text in (name, state, f"max {best[k]:.1f}") if text]
         for j, text in enumerate(lines):
@@ -526,20 +594,36 @@ def html_set(folder, name, r):
 
 def page(folder, results):
     """report.html as text: all tables and pictures on one page, nothing loaded from elsewhere."""
-    top, drawn, (first, *others) = html.escape(title(results)), Path(folder, "radar.png"), tables(results)
+    top, drawn, (first, *others) = (
+        html.escape(title(results)),
+        Path(folder, "radar.png"),
+        tables(results),
+    )
     lines = [HEAD.format(title=top, style=STYLE), f"<h1>{top}</h1>"]
-    lines += [f'<p class="note"><strong>{mark}</strong>: {html.escape(text)}</p>' for mark, text in notes(results)]
+    lines += [
+        f'<p class="note"><strong>{mark}</strong>: {html.escape(text)}</p>'
+        for mark, text in notes(results)
+    ]
     lines.append(html_table(*first))
     if "radar" not in results["datasets"] and drawn.is_file():
         sets = "; ".join(
-            f"{n} {marked(r['miou'], is_partial(r))}" for n, r in results["datasets"].items() if n in COLUMNS
+            f"{n} {marked(r['miou'], is_partial(r))}"
+            for n, r in results["datasets"].items()
+            if n in COLUMNS
         )
-        lines.append(html_image(drawn, f"Radar of the paper's Table 1 and {run_name(results)}: {sets}", "radar"))
+        lines.append(
+            html_image(
+                drawn, f"Radar of the paper's Table 1 and {run_name(results)}: {sets}", "radar"
+            )
+        )
     lines += [*(html_table(*table) for table in others), "<details><summary>Settings</summary><dl>"]
     for name, value in results["settings"].items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         lines.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>")
-    lines += ["</dl></details>", *(html_set(folder, name, r) for name, r in results["datasets"].items())]
+    lines += [
+        "</dl></details>",
+        *(html_set(folder, name, r) for name, r in results["datasets"].items()),
+    ]
     return "\n".join([*lines, "</main></body></html>\n"])
 
 
@@ -552,8 +636,13 @@ def write_log(record, out, bar):
     flat |= {name: n for name, n in record.get("bad", {}).items() if n}
     if "eta_seconds" in flat:
         flat["eta"] = timedelta(seconds=flat.pop("eta_seconds"))
-    bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items()), sys.stdout)
-    valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    bar.write(
+        "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items()),
+        sys.stdout,
+    )
+    valid = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
     with open(Path(out, "log.jsonl"), "a") as file:
         file.write(json.dumps(valid) + "\n")
 
@@ -568,12 +657,20 @@ def write_samples(path, images, masks, captions):
     draw = ImageDraw.Draw(sheet)
     for i in range(n):
         other, top = (i + 1) % n, gap + i * (size + line + gap)
-        cells = (("image", 1.0), (f"+ {captions[i]}", masks[i, i]), (f"- {captions[other]}", masks[i, other]))
+        cells = (
+            ("image", 1.0),
+            (f"+ {captions[i]}", masks[i, i]),
+            (f"- {captions[other]}", masks[i, other]),
+        )
         for k, (title, mask) in enumerate(cells):
-            pixels = (images[i] * (0.1 + 0.9 * mask) * 255).byte().permute(1, 2, 0).numpy()  # [h, w, 3]
-            sheet.paste(Image.fromarray(pixels).resize((size, size)), (gap + k * (size + gap), top + line))
+            pixels = (
+                (images[i] * (0.1 + 0.9 * mask) * 255).byte().permute(1, 2, 0).numpy()
+            )  # [h, w, 3]
+            sheet.paste(
+                Image.fromarray(pixels).resize((size, size)), (gap + k * (size + gap), top + line)
+            )
             put_text(draw, (gap + k * (size + gap), top), title, 13, width=size)
-    save_png(path, sheet)
+    files.save_png(path, sheet)
 
 
 def log_step(line):
@@ -584,35 +681,60 @@ def log_step(line):
         return math.inf
 
 
-CURVES = ("loss", "gcl_v", "gcl_f", "cl", "area_pos", "area_neg", "tv_mask", "tv_dense", "grad_norm", "miou")
+CURVES = (
+    "loss",
+    "gcl_v",
+    "gcl_f",
+    "cl",
+    "area_pos",
+    "area_neg",
+    "tv_mask",
+    "tv_dense",
+    "grad_norm",
+    "miou",
+)
 
 
 def write_curves(path, log):
     """A PNG of what train.py's log.jsonl says over the steps: loss, its terms, gradient norm, mIoU; a panel each."""
-    lines = [json.loads(text) for text in Path(log).read_text().splitlines() if log_step(text) < math.inf]
-    series = {name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in CURVES}
+    lines = [
+        json.loads(text) for text in Path(log).read_text().splitlines() if log_step(text) < math.inf
+    ]
+    series = {
+        name: [(x["step"], x[name]) for x in lines if x.get(name) is not None] for name in CURVES
+    }
     series = {name: np.array(points) for name, points in series.items() if points}  # [n, 2]
     width, height, gap = 420, 170, 30
-    sheet = Image.new("RGB", (2 * (width + gap) + gap, -(-len(series) // 2) * (height + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB", (2 * (width + gap) + gap, -(-len(series) // 2) * (height + gap) + gap), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for k, (name, points) in enumerate(series.items()):
         left, top = gap + k % 2 * (width + gap), gap + k // 2 * (height + gap)
         low, high = points.min(0), points.max(0)
         span = f"{low[1]:.4g} to {high[1]:.4g}, now {points[-1, 1]:.4g}, steps {low[0]:.0f} to {high[0]:.0f}"
         low[1] = min(low[1], high[1] - 0.01 * abs(high[1]))  # rounding is no slope
-        places = (points - low) / np.where(high > low, high - low, 1)  # [n, 2], 0 to 1 along both axes
+        places = (points - low) / np.where(
+            high > low, high - low, 1
+        )  # [n, 2], 0 to 1 along both axes
         draw.rectangle((left, top, left + width, top + height), outline="grey")
         draw.line([(left + x * width, top + (1 - y) * height) for x, y in places], (200, 40, 40), 2)
         put_text(draw, (left, top - 17), f"{name}: {span}", 13)
-    save_png(path, sheet)
+    files.save_png(path, sheet)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="what evaluate.py --out wrote: results.json, picture sheets")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="what evaluate.py --out wrote: results.json, picture sheets",
+    )
     arguments = parser.parse_args()
     try:
         render(arguments.folder, read_results(arguments.folder))
-    except (ReportError, OSError) as error:
+    except (files.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -32,12 +32,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import backbone
 import data
 import evaluate
-import gcl
+import files
 
 SUFFIXES = (*data.IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")  # of pictures in a folder
-MAX_PIXELS, MAX_ASPECT, MAX_TEXTS = 50_000_000, 100, 254  # a label PNG has 256 values, and 255 means ignored
+MAX_PIXELS, MAX_ASPECT, MAX_TEXTS = (
+    50_000_000,
+    100,
+    254,
+)  # a label PNG has 256 values, and 255 means ignored
 VIEW = 640, 1600  # pixels of the longer side of overlays and heat maps, at least and at most
 GREY = (150, 150, 150)  # the background in legends
 
@@ -45,16 +50,34 @@ GREY = (150, 150, 150)  # the background in legends
 # ---- colours that stay apart ----------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette, made to be told apart with every kind of colour vision (its black is left to the background).
-OKABE_ITO = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+OKABE_ITO = [
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+]
 # Linear RGB as people with normal vision, protanopia and deuteranopia see it; Machado et al. 2009, severity 1.
 VISION = np.array(
     [
         [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
     ]
 )
-XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # of linear sRGB, D65
+XYZ = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+)  # of linear sRGB, D65
 
 
 def seen(colours):
@@ -72,20 +95,32 @@ def palette(n):
     """n colours for n texts: Okabe and Ito's seven, then always the one farthest from all before it, from black and
     from white, for the eye to which it is nearest. Returns a list of (r, g, b)."""
     grid = list(itertools.product(range(15, 256, 30), repeat=3))
-    grid = [c for c, lab in zip(grid, seen(grid)[0], strict=True) if lab[0] > 20]  # darker ones all look black
+    grid = [
+        c for c, lab in zip(grid, seen(grid)[0], strict=True) if lab[0] > 20
+    ]  # darker ones all look black
     lab, chosen = seen(grid), OKABE_ITO[:n]
 
     def distance(colour):
         return np.linalg.norm(lab - seen([colour]), axis=-1).min(0)  # [candidates]
 
-    nearest = np.min([distance(colour) for colour in [(0, 0, 0), (255, 255, 255), GREY, *chosen]], axis=0)
+    nearest = np.min(
+        [distance(colour) for colour in [(0, 0, 0), (255, 255, 255), GREY, *chosen]], axis=0
+    )
     while len(chosen) < n:
         chosen.append(grid[nearest.argmax()])
         nearest = np.minimum(nearest, distance(chosen[-1]))
     return chosen
 
 
-VIRIDIS = [(68, 1, 84), (70, 50, 127), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 194, 109), (160, 218, 57)]
+VIRIDIS = [
+    (68, 1, 84),
+    (70, 50, 127),
+    (54, 92, 141),
+    (39, 127, 142),
+    (31, 161, 135),
+    (74, 194, 109),
+    (160, 218, 57),
+]
 VIRIDIS += [(253, 231, 37)]
 
 
@@ -107,11 +142,15 @@ def pixels(image):
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise data.DataError(f"{width}x{height} is more than {MAX_PIXELS // 10**6} million pixels; make it smaller")
+        raise files.InputError(
+            f"{width}x{height} is more than {MAX_PIXELS // 10**6} million pixels; make it smaller"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise data.DataError(f"{width}x{height} is too narrow, sides may differ {MAX_ASPECT} times at most")
+        raise files.InputError(
+            f"{width}x{height} is too narrow, sides may differ {MAX_ASPECT} times at most"
+        )
     if image.mode == "F":
-        raise data.DataError("has float pixels; convert it to 8 or 16 bits first")
+        raise files.InputError("has float pixels; convert it to 8 or 16 bits first")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
@@ -125,11 +164,15 @@ def read_picture(path):
     """pixels() of a file; DataError names one that cannot be used."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pixels() has a limit of its own
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # pixels() has a limit of its own
             with Image.open(path) as image:
                 return pixels(image)
     except Exception as error:  # each of PIL's decoders has its own; the picture is what is wrong
-        raise data.DataError(f"{path}: not a picture that can be used ({gcl.first_line(error)})") from error
+        raise files.InputError(
+            f"{path}: not a picture that can be used ({files.first_line(error)})"
+        ) from error
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -140,7 +183,13 @@ def protocol(**settings):
     flags = ["--datasets=-", "--out=."]
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        flags.append(f"--{flag}={value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+        flags.append(
+            f"--{flag}={value}"
+            if not isinstance(value, bool)
+            else f"--{flag}"
+            if value
+            else f"--no-{flag}"
+        )
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             return evaluate.parse_args(flags)
@@ -170,7 +219,9 @@ def label(masks, size, threshold):
 
 def resize(mask, size):
     """One mask [h, w] at another size, as the protocol resizes them."""
-    return F.interpolate(mask[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(mask[None, None], size=tuple(size), mode="bilinear", align_corners=False)[
+        0, 0
+    ]
 
 
 def segment_image(net, image, texts, background=None, **settings):
@@ -185,10 +236,14 @@ def segment_image(net, image, texts, background=None, **settings):
     image, texts, args = pixels(image), check_texts(texts), protocol(**settings)
     if background is not None:
         args.bg_threshold = background if background is not False else -1.0  # every mask exceeds it
-    text = net.encode_classes(texts, gcl.tokenizer_of(net.clip), evaluate.read_templates(args.templates))  # [K, C]
+    text = net.encode_classes(
+        texts, backbone.tokenizer_of(net.clip), evaluate.read_templates(args.templates)
+    )  # [K, C]
     masks = evaluate.segment_image(net, image, text, args)  # [K, h', w'], the protocol's size
     size = image.shape[:2]
-    return label(masks, size, args.bg_threshold), torch.stack([resize(mask, size) for mask in masks])
+    return label(masks, size, args.bg_threshold), torch.stack(
+        [resize(mask, size) for mask in masks]
+    )
 
 
 # ---- pictures out ---------------------------------------------------------------------------------------------------
@@ -214,7 +269,9 @@ def view_size(height, width):
 def grey_view(image):
     """The picture at its view size without its colours, float [h, w, 1]: all colours are then labels."""
     height, width = view_size(*image.shape[:2])
-    return np.asarray(Image.fromarray(image).convert("L").resize((width, height)), np.float32)[..., None]
+    return np.asarray(Image.fromarray(image).convert("L").resize((width, height)), np.float32)[
+        ..., None
+    ]
 
 
 def framed(picture, above, below):
@@ -237,8 +294,12 @@ def middle(region):
 def draw_overlay(image, labels, texts, colours):
     """The labels uint8 [h, w] in colour over the grey picture, numbered, with a legend of shares; a PIL image."""
     grey = grey_view(image)
-    at_view = np.asarray(Image.fromarray(labels).resize(grey.shape[1::-1], Image.Resampling.NEAREST))
-    painted = np.where(at_view[..., None] > 0, 0.4 * grey + 0.6 * np.array([GREY, *colours])[at_view], grey)
+    at_view = np.asarray(
+        Image.fromarray(labels).resize(grey.shape[1::-1], Image.Resampling.NEAREST)
+    )
+    painted = np.where(
+        at_view[..., None] > 0, 0.4 * grey + 0.6 * np.array([GREY, *colours])[at_view], grey
+    )
     edge = np.zeros(at_view.shape, bool)
     edge[:, 1:] |= at_view[:, 1:] != at_view[:, :-1]
     edge[1:] |= at_view[1:] != at_view[:-1]
@@ -250,14 +311,27 @@ def draw_overlay(image, labels, texts, colours):
     share = 100 * np.bincount(labels.ravel(), minlength=len(texts) + 1) / labels.size
     for k in sorted(range(len(texts) + 1), key=lambda k: k == 0):  # the background last
         place = (k - 1) % (len(texts) + 1)
-        x, y = 8 + place % columns * (width // columns), grey.shape[0] + 10 + 26 * (place // columns)
+        x, y = (
+            8 + place % columns * (width // columns),
+            grey.shape[0] + 10 + 26 * (place // columns),
+        )
         pen.rectangle((x, y, x + 26, y + 20), GREY if k == 0 else colours[k - 1], "black")
-        pen.text((x + 13, y + 10), str(k), "black", font(14), anchor="mm", stroke_width=2, stroke_fill="white")
+        pen.text(
+            (x + 13, y + 10),
+            str(k),
+            "black",
+            font(14),
+            anchor="mm",
+            stroke_width=2,
+            stroke_fill="white",
+        )
         name = "background" if k == 0 else short(texts[k - 1], width // columns // 9 - 10)
         pen.text((x + 34, y + 10), f"{name}  {share[k]:.1f} %", "black", font(16), anchor="lm")
         if k and (at_view == k).any():
             y, x = middle(at_view == k)
-            pen.text((x, y), str(k), "black", font(20), anchor="mm", stroke_width=3, stroke_fill="white")
+            pen.text(
+                (x, y), str(k), "black", font(20), anchor="mm", stroke_width=3, stroke_fill="white"
+            )
     return canvas
 
 
@@ -270,7 +344,9 @@ def draw_heat(image, mask, text, threshold):
     pen.text((8, 17), short(text, width // 10), "black", font(18), anchor="lm")
     bar = Image.fromarray(heat(np.linspace(0, 1, width - 80)[None].repeat(16, 0)))
     canvas.paste(bar, (40, bottom + 8))
-    marks = {0.0: "0", 1.0: "1"} | ({threshold: f"background below {threshold:g}"} if 0 < threshold < 1 else {})
+    marks = {0.0: "0", 1.0: "1"} | (
+        {threshold: f"background below {threshold:g}"} if 0 < threshold < 1 else {}
+    )
     for value, name in marks.items():
         x = 40 + round(value * (width - 81))
         pen.line((x, bottom + 8, x, bottom + 29), "black", 2)
@@ -311,13 +387,17 @@ def split(things):
                 )
             paths.append(thing)
         elif path_like or not paths:
-            raise ValueError(f"{thing}: no such picture or folder (pictures come first; --texts if it is a text)")
+            raise ValueError(
+                f"{thing}: no such picture or folder (pictures come first; --texts if it is a text)"
+            )
         else:
             break
     texts = things[len(paths) :]
     for text in texts:
         if Path(text).suffix.lower() in SUFFIXES:
-            raise ValueError(f"{text}: a picture after the text {texts[0]!r}; pictures come first (or use --texts)")
+            raise ValueError(
+                f"{text}: a picture after the text {texts[0]!r}; pictures come first (or use --texts)"
+            )
     return paths, texts
 
 
@@ -327,7 +407,9 @@ def pictures(paths):
     for path in map(Path, paths):
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."
+            )
         if not inside:
             raise ValueError(f"{path}: no pictures in this folder ({' '.join(SUFFIXES)})")
         found |= {p.resolve(): p for p in inside if p.resolve() not in found}
@@ -350,28 +432,66 @@ def output_names(paths):
 
 def parse_args(argv=None):
     """The command line, with evaluate.py's own arguments for all that is its; wrong calls end with exit code 2."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, same = p.add_argument, "as in evaluate.py"
-    add("things", nargs="+", metavar="PICTURE|TEXT", help="files and folders of pictures, then texts in any words")
-    add("--texts", nargs="+", metavar="TEXT", help="the texts; all other arguments are then pictures")
+    add(
+        "things",
+        nargs="+",
+        metavar="PICTURE|TEXT",
+        help="files and folders of pictures, then texts in any words",
+    )
+    add(
+        "--texts",
+        nargs="+",
+        metavar="TEXT",
+        help="the texts; all other arguments are then pictures",
+    )
     add("--checkpoint", help="of train.py (default runs/gcl/last.pt), or the authors' tcl.pth")
-    add("--model", help=f"{same}: open_clip name or model-config .json; default: what the checkpoint names")
-    add("--pretrained", help=f"{same}: open_clip tag or local weights; default: what the checkpoint names")
-    add("--method", help=f"{same} --method: gcl (default), or a method that uses CLIP alone, such as maskclip")
+    add(
+        "--model",
+        help=f"{same}: open_clip name or model-config .json; default: what the checkpoint names",
+    )
+    add(
+        "--pretrained",
+        help=f"{same}: open_clip tag or local weights; default: what the checkpoint names",
+    )
+    add(
+        "--method",
+        help=f"{same} --method: gcl (default), or a method that uses CLIP alone, such as maskclip",
+    )
     which = p.add_mutually_exclusive_group()
     text = "no text where no mask exceeds it; default 0.4 with PAMR, 0.5 without (the protocol's)"
     which.add_argument("--background", type=float, metavar="THRESHOLD", help=text)
-    which.add_argument("--no-background", action="store_true", help="every pixel gets the text of its highest mask")
-    add("--pamr", action=argparse.BooleanOptionalAction, help="refine masks along edges (Sec. 3.4); default: yes")
-    add("--kp-weight", type=float, help=f"{same}: w_kp of the knowledge preservation branch (Appendix A)")
-    add("--templates", help=f"{same}: release, simple, or a file with one prompt per line, {{}} for the text")
+    which.add_argument(
+        "--no-background", action="store_true", help="every pixel gets the text of its highest mask"
+    )
+    add(
+        "--pamr",
+        action=argparse.BooleanOptionalAction,
+        help="refine masks along edges (Sec. 3.4); default: yes",
+    )
+    add(
+        "--kp-weight",
+        type=float,
+        help=f"{same}: w_kp of the knowledge preservation branch (Appendix A)",
+    )
+    add(
+        "--templates",
+        help=f"{same}: release, simple, or a file with one prompt per line, {{}} for the text",
+    )
     add("--short-side", type=int, help=f"{same}: pixels of the shorter side, 448 (Sec. 4.1)")
     add("--window", type=int, help=f"{same}: side of the sliding window, 448")
     add("--stride", type=int, help=f"{same}: step of the sliding window, 224")
     add("--precision", help=f"{same}: fp32, bf16 or fp16")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     add("--out", default="out", help="folder for everything that is written")
-    add("--json", action="store_true", help="one JSON document on stdout: files, shares of pixels, masks' means")
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON document on stdout: files, shares of pixels, masks' means",
+    )
     given = vars(p.parse_intermixed_args(argv))
     things, texts, background = (given.pop(name) for name in ("things", "texts", "background"))
     as_json, no_background = given.pop("json"), given.pop("no_background")
@@ -407,13 +527,21 @@ def segment_file(path, name, net, text, args):
     indexed.putpalette([v for colour in [(0, 0, 0), *colours] for v in colour])
     entry = {"image": str(path), "height": size[0], "width": size[1], "background": share[0]}
     entry |= {"labels": save(indexed, out / f"{name}.labels.png"), "texts": []}
-    entry["overlay"] = save(draw_overlay(image, labels, args.texts, colours), out / f"{name}.overlay.png")
+    entry["overlay"] = save(
+        draw_overlay(image, labels, args.texts, colours), out / f"{name}.overlay.png"
+    )
     for k, words in enumerate(args.texts, start=1):
         file = out / f"{name}.{'-'.join(filter(None, (str(k), safe(words))))}.png"
         picture = draw_heat(image, masks[k - 1], words, args.bg_threshold)
         mean = resize(masks[k - 1], size).mean().item()
         entry["texts"].append(
-            {"text": words, "label": k, "share": share[k], "mean": mean, "heat_map": save(picture, file)}
+            {
+                "text": words,
+                "label": k,
+                "share": share[k],
+                "mean": mean,
+                "heat_map": save(picture, file),
+            }
         )
     return entry
 
@@ -421,15 +549,20 @@ def segment_file(path, name, net, text, args):
 def warn_of_cut_texts(texts, templates, tokenizer):
     """Says on stderr which texts are longer than this CLIP reads."""
     for text in texts:
-        longest = max(len(tokenizer.encode(template.replace("{}", text))) for template in templates) + 2
+        longest = (
+            max(len(tokenizer.encode(template.replace("{}", text))) for template in templates) + 2
+        )
         if longest > tokenizer.context_length:
-            print(f"warning: CLIP reads {tokenizer.context_length} tokens, cut: {short(text, 60)!r}", file=sys.stderr)
+            print(
+                f"warning: CLIP reads {tokenizer.context_length} tokens, cut: {short(text, 60)!r}",
+                file=sys.stderr,
+            )
 
 
 def main(args):
     """All pictures of a parsed command line. Returns the exit code."""
     templates = evaluate.read_templates(args.templates)
-    device = gcl.pick_device(args.device)
+    device = backbone.pick_device(args.device)
     net, tokenizer = evaluate.load_model(args, device)
     warn_of_cut_texts(args.texts, templates, tokenizer)
     text = net.encode_classes(args.texts, tokenizer, templates)  # [K, C]
@@ -439,20 +572,28 @@ def main(args):
         for path in bar:
             try:
                 done.append(segment_file(path, names[path], net, text, args))
-            except data.DataError as error:
+            except files.InputError as error:
                 failed.append({"image": str(path), "error": str(error)})
                 bar.write(f"error: {error}", sys.stderr)
                 continue
             if not args.json:
                 entry = done[-1]
-                shares = [f"{short(t['text'], 30)} {100 * t['share']:.1f} %" for t in entry["texts"]]
+                shares = [
+                    f"{short(t['text'], 30)} {100 * t['share']:.1f} %" for t in entry["texts"]
+                ]
                 what = ", ".join([*shares, f"background {100 * entry['background']:.1f} %"])
                 bar.write(f"{path}: {what} -> {entry['overlay']}", sys.stdout)
     if failed and len(names) > 1:
         first = failed[0]["error"]
-        print(f"error: {len(failed)} of {len(names)} pictures were left out, the first: {first}", file=sys.stderr)
+        print(
+            f"error: {len(failed)} of {len(names)} pictures were left out, the first: {first}",
+            file=sys.stderr,
+        )
     if args.json:
-        settings = {name: getattr(args, name) for name in ("method", "checkpoint", "pamr", "templates", "short_side")}
+        settings = {
+            name: getattr(args, name)
+            for name in ("method", "checkpoint", "pamr", "templates", "short_side")
+        }
         settings["background"] = args.bg_threshold if args.bg_threshold >= 0 else None
         print(json.dumps({"settings": settings, "images": done, "failed": failed}, indent=1))
     return 1 if failed else 0
@@ -462,6 +603,6 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         sys.exit(main(arguments))
-    except (data.DataError, gcl.CheckpointError, OSError) as error:
+    except (files.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -22,33 +22,50 @@ import multiprocessing
 import subprocess
 import sys
 import tarfile
-import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import data
-import gcl
-import ops
-
 HERE = Path(__file__).resolve().parent
+
+
 SIZE = 48  # pixels, both sides of every picture
+
+
 SHARDS, PER_SHARD, HELD_OUT = 16, 1000, 400
+
+
 RADIUS = 9, 14  # pixels, of an object
+
+
 VISIBLE = 30, 100  # pixels of an object, of stuff: a caption names nothing that is all but hidden
 
-RED, YELLOW, BLACK, WHITE = (205, 35, 40), (245, 205, 45), (25, 25, 25), (240, 240, 240)
-BROWN, TAN, CREAM, GREEN, PINK = (175, 120, 65), (205, 155, 95), (230, 205, 160), (60, 140, 50), (240, 120, 175)
-PURPLE, ORANGE, BLUE, CYAN, PALE = (165, 70, 205), (250, 125, 30), (35, 80, 215), (70, 200, 220), (205, 220, 235)
 
-# ---- objects: u runs right, v down, each fills [-1, 1]^2 -> layers (mask, colour), painted in order ------------------
+RED, YELLOW, BLACK, WHITE = (205, 35, 40), (245, 205, 45), (25, 25, 25), (240, 240, 240)
+
+
+BROWN, TAN, CREAM, GREEN, PINK = (
+    (175, 120, 65),
+    (205, 155, 95),
+    (230, 205, 160),
+    (60, 140, 50),
+    (240, 120, 175),
+)
+
+
+PURPLE, ORANGE, BLUE, CYAN, PALE = (
+    (165, 70, 205),
+    (250, 125, 30),
+    (35, 80, 215),
+    (70, 200, 220),
+    (205, 220, 235),
+)
 
 
 def oval(u, v, x, y, rx, ry=None):
@@ -122,11 +139,9 @@ OBJECTS = {
         ((abs(u) / 0.7 + abs(v + 0.25) / 0.75 < 1) & (u * (v + 0.25) > 0), ORANGE),
         ((abs(u - 0.15 * np.sin(9 * v)) < 0.09) & (v >= 0.4) & (v < 1), BLUE)],
 }
+
+
 # fmt: on
-
-# ---- stuff: pixel coordinates x, y [48, 48] -> RGB [48, 48, 3], floats in 0..255 -------------------------------------
-
-
 def tint(colour, shade):
     """Colour [3] with a brightness offset [48, 48] -> [48, 48, 3]."""
     return np.asarray(colour, np.float32) + shade[..., None]
@@ -136,7 +151,9 @@ def sky(x, y, rng):
     """Blue with soft white clouds."""
     small = Image.fromarray(rng.uniform(0, 255, (6, 6)).astype(np.uint8))
     clouds = np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
-    return tint((115, 180, 240), 0.4 * y) + np.clip((clouds - 130) / 60, 0, 1)[..., None] * np.float32((110, 60, 10))
+    return tint((115, 180, 240), 0.4 * y) + np.clip((clouds - 130) / 60, 0, 1)[
+        ..., None
+    ] * np.float32((110, 60, 10))
 
 
 def bricks(x, y, rng):
@@ -164,18 +181,24 @@ STUFF = {
         (40, 105, 175), 28 * np.sin(1.1 * y + 1.6 * np.sin(0.3 * x + rng.uniform(0, 6)) + rng.uniform(0, 6))),
     "sky": sky, "bricks": bricks, "wood": wood,
 }
+
+
 CLASSES = [*OBJECTS, *STUFF]
+
+
 PALETTE = [(214, 39, 40), (255, 152, 150), (100, 100, 100), (255, 127, 14), (227, 79, 190), (140, 86, 75),
            (255, 221, 51), (188, 160, 20), (148, 77, 220), (80, 40, 20), (245, 245, 245), (20, 60, 200),
            (70, 160, 70), (225, 205, 155), (40, 130, 190), (150, 210, 250), (200, 110, 95), (175, 130, 75)]
+
+
 BACKGROUND = (45, 45, 50)
+
+
 TEMPLATES = ["{}", "a photo of {}.", "a picture of {}.", "an image of {}.", "a drawing of {}.", "a small photo of {}.",
              "there is {}.", "here is {}.", "a scene with {}.", "this shows {}.", "look at {}!", "my photo of {}."]
+
+
 # fmt: on
-
-# ---- scenes and captions --------------------------------------------------------------------------------------------
-
-
 def paint(image, label, name, rng):
     """Paint one object of random place, size, tilt and shade into image [48, 48, 3] and label [48, 48], in place."""
     radius, tilt, mirror = rng.uniform(*RADIUS), rng.uniform(-0.4, 0.4), rng.choice((-1, 1))
@@ -185,7 +208,10 @@ def paint(image, label, name, rng):
     # Two samples per pixel and side, averaged below: outlines are as smooth as in a photograph.
     x = (np.arange(2 * left, 2 * right, dtype=np.float32) / 2 + 0.25 - cx)[None] / radius
     y = (np.arange(2 * top, 2 * bottom, dtype=np.float32) / 2 + 0.25 - cy)[:, None] / radius
-    u, v = mirror * (x * math.cos(tilt) + y * math.sin(tilt)), y * math.cos(tilt) - x * math.sin(tilt)
+    u, v = (
+        mirror * (x * math.cos(tilt) + y * math.sin(tilt)),
+        y * math.cos(tilt) - x * math.sin(tilt),
+    )
     rgba = np.zeros((*u.shape, 4), np.float32)
     for mask, colour in OBJECTS[name](u, v):
         rgba[mask] = (*colour, 1)
@@ -225,9 +251,6 @@ def caption(label, rng):
     return rng.choice(TEMPLATES).format(rng.choice((", ", " and ", " with ")).join(phrases))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
 def write(path, save):
     """Call save(temporary path), then rename: a reader never meets half a file, and a second run replaces the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +285,9 @@ def draw_shard(job):
     path, seed, first = job
     images, captions, files = [], [], {}
     for i in range(first, first + PER_SHARD):
-        rng = np.random.default_rng((seed, 0, i))  # by index: the world does not depend on who draws what
+        rng = np.random.default_rng(
+            (seed, 0, i)
+        )  # by index: the world does not depend on who draws what
         image, label = scene(rng)
         images.append(image)
         captions.append(caption(label, rng))
@@ -275,11 +300,20 @@ def draw_held_out(job):
     """(folder, seed, set number) -> images [400, 48, 48, 3] and labels of all 18 classes; written with a SPEC.json."""
     folder, seed, number = job
     spec = {"name": folder.name, "images": "images", "labels": "labels", "list": None}
-    spec |= {"image_suffix": ".png", "label_suffix": ".png", "ignore": [255], "zero_is_ignored": False}
+    spec |= {
+        "image_suffix": ".png",
+        "label_suffix": ".png",
+        "ignore": [255],
+        "zero_is_ignored": False,
+    }
     spec |= {"classes": CLASSES, "background": False, "palette": PALETTE}
     table = np.arange(len(CLASSES), dtype=np.uint8)
     if folder.name == "background":
-        spec |= {"classes": ["background", *OBJECTS], "background": True, "palette": [BACKGROUND, *PALETTE[:12]]}
+        spec |= {
+            "classes": ["background", *OBJECTS],
+            "background": True,
+            "palette": [BACKGROUND, *PALETTE[:12]],
+        }
         table = np.where(table < len(OBJECTS), table + 1, 0).astype(np.uint8)
     pairs = [scene(np.random.default_rng((seed, number, i))) for i in range(HELD_OUT)]
     for i, (image, label) in enumerate(pairs):
@@ -295,20 +329,30 @@ def draw_world(folder, seed):
     sets = [(folder / name, seed, number) for number, name in enumerate(("stuff", "background"), 1)]
     with multiprocessing.Pool() as pool:
         held_out = pool.map_async(draw_held_out, sets)
-        parts = list(tqdm(pool.imap(draw_shard, shards), "drawing", SHARDS, unit="shard", mininterval=1))
+        parts = list(
+            tqdm(pool.imap(draw_shard, shards), "drawing", SHARDS, unit="shard", mininterval=1)
+        )
         held_out = held_out.get()
     return np.concatenate([p[0] for p in parts]), [c for p in parts for c in p[1]], held_out
 
 
-# ---- a tiny CLIP ----------------------------------------------------------------------------------------------------
-
 CONFIG = {  # open_clip's own model-config format
     "embed_dim": 128,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 128, "head_width": 32, "patch_size": 8},
+    "vision_cfg": {
+        "image_size": SIZE,
+        "layers": 3,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 8,
+    },
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }
+
+
 STEPS, WARMUP, BATCH, LR = 600, 60, 128, 2e-3
+
+
 START_SCALE = 5  # 1 / temperature; softer than open_clip's 14: cosines spread, and masks have to learn their area
 
 
@@ -320,8 +364,13 @@ def fast_bf16():
 
 def normalised(images):
     """uint8 [B, 48, 48, 3] -> float [B, 3, 48, 48] with CLIP's mean and standard deviation."""
-    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
-    return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, 3, h, w]
+    mean, std = (
+        torch.tensor(open_clip.OPENAI_DATASET_MEAN),
+        torch.tensor(open_clip.OPENAI_DATASET_STD),
+    )
+    return (
+        ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    )  # [N, 3, h, w]
 
 
 def pretrain(images, captions, tokenizer, seed):
@@ -330,14 +379,23 @@ def pretrain(images, captions, tokenizer, seed):
     rng, loss_of = np.random.default_rng((seed, 3)), open_clip.ClipLoss()
     model = open_clip.CLIP(**CONFIG, init_logit_scale=math.log(START_SCALE))
     tokens = tokenizer(captions)  # [N, 20]
-    optimiser = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     for step in (bar := tqdm(range(STEPS), "pretraining CLIP", mininterval=1)):
-        optimiser.param_groups[0]["lr"] = LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+        optimiser.param_groups[0]["lr"] = LR * min(
+            (step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+        )
         pick = rng.choice(len(images), BATCH, replace=False)
         batch = normalised(images[pick])
-        batch = torch.where(torch.from_numpy(rng.random((BATCH, 1, 1, 1)) < 0.5), batch.flip(3), batch)
+        batch = torch.where(
+            torch.from_numpy(rng.random((BATCH, 1, 1, 1)) < 0.5), batch.flip(3), batch
+        )
         # The fused attention kernel has a slow backward pass on CPUs; at 37 tokens the plain one takes half the time.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()),
+        ):
             image, text, scale = model(batch, tokens[pick])  # [B, 128], [B, 128], scalar
             loss = loss_of(image.float(), text.float(), scale)
             optimiser.zero_grad()
@@ -354,7 +412,9 @@ def zero_shot(model, tokenizer, images, labels):
 
     images uint8 [N, 48, 48, 3], labels [N, 48, 48] with the class of every pixel.
     """
-    text = model.encode_text(tokenizer([f"a photo of a {n}." for n in CLASSES]), normalize=True)  # [18, 128]
+    text = model.encode_text(
+        tokenizer([f"a photo of a {n}." for n in CLASSES]), normalize=True
+    )  # [18, 128]
     scores = (model.encode_image(normalised(images), normalize=True) @ text.T).numpy()  # [N, 18]
     seen = np.stack([(labels == k).sum((1, 2)) for k in range(len(CLASSES))], 1)  # [N, 18], pixels
     seen *= seen >= VISIBLE[0]
@@ -365,9 +425,12 @@ def zero_shot(model, tokenizer, images, labels):
     return right
 
 
-# ---- train.py and evaluate.py, through their command lines ----------------------------------------------------------
+ROWS = {
+    "MaskCLIP": None,
+    "GCL": (["gcl_v", "gcl_f"], 0.4, 1.0),
+}  # losses, lambda area, lambda tv; None: no training
 
-ROWS = {"MaskCLIP": None, "GCL": (["gcl_v", "gcl_f"], 0.4, 1.0)}  # losses, lambda area, lambda tv; None: no training
+
 ABLATION = {  # Table 2; the paper does not say whether its row CL has the priors
     "CL": (["cl"], 0.0, 0.0),
     "CL with priors": (["cl"], 0.4, 1.0),
@@ -378,6 +441,8 @@ ABLATION = {  # Table 2; the paper does not say whether its row CL has the prior
     "without area": (["gcl_v", "gcl_f"], 0.0, 1.0),
     "without both": (["gcl_v", "gcl_f"], 0.0, 0.0),
 }
+
+
 SCHEDULE = "--batch-size 64 --lr 6e-3 --scalar-lr-mult 10 --steps 80 --warmup-steps 12 --log-every 20".split()
 
 
@@ -408,7 +473,18 @@ def train_row(row, out, seed):
     weights = ("--losses", *losses, "--lambda-area", area, "--lambda-tv", tv)
     machine = ("--device", "cpu", "--workers", 0, "--precision", "bf16" if fast_bf16() else "fp32")
     run = ("--seed", seed, "--resume", "never", "--out", folder_of(out, row))
-    call("train.py", "--data", shards, *clip_of(out), "--image-size", SIZE, *weights, *SCHEDULE, *machine, *run)
+    call(
+        "train.py",
+        "--data",
+        shards,
+        *clip_of(out),
+        "--image-size",
+        SIZE,
+        *weights,
+        *SCHEDULE,
+        *machine,
+        *run,
+    )
 
 
 def evaluate_row(row, out):
@@ -418,14 +494,24 @@ def evaluate_row(row, out):
     if row == "MaskCLIP":
         model = ("--method", "maskclip", *clip_of(out))
     geometry = ("--no-pamr", "--short-side", SIZE, "--window", SIZE, "--stride", SIZE // 2)
-    output = ("--sweep-threshold", "--save-predictions", "--device", "cpu", "--workers", 0, "--out", results)
+    output = (
+        "--sweep-threshold",
+        "--save-predictions",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--out",
+        results,
+    )
     call("evaluate.py", "--datasets", *specs, *model, *geometry, *output)
     sets = json.loads((results / "results.json").read_text())["datasets"]
     best = max(sets["background"]["sweep"].values())
-    return {"stuff": sets["stuff"]["miou"], "background": sets["background"]["miou"], "background_best": best}
-
-
-# ---- table and picture ----------------------------------------------------------------------------------------------
+    return {
+        "stuff": sets["stuff"]["miou"],
+        "background": sets["background"]["miou"],
+        "background_best": best,
+    }
 
 
 def print_table(miou):
@@ -438,12 +524,17 @@ def print_table(miou):
 def examples(labels, count):
     """Indices of the first pictures with at least two objects, none of them mostly hidden; not picked by hand."""
     area = np.stack([(labels == k).sum((1, 2)) for k in range(len(OBJECTS))], 1)  # [400, 12]
-    return np.flatnonzero(((area > 0).sum(1) >= 2) & ((area == 0) | (area >= 3 * VISIBLE[0])).all(1))[:count]
+    return np.flatnonzero(
+        ((area > 0).sum(1) >= 2) & ((area == 0) | (area >= 3 * VISIBLE[0])).all(1)
+    )[:count]
 
 
 def draw_block(picture, left, name, palette, out, chosen, side, gap):
     """Paste the chosen images of one held-out set, their labels and both predictions, under a heading."""
-    pen, what = ImageDraw.Draw(picture), {"stuff": "every pixel has a class", "background": "objects alone"}[name]
+    pen, what = (
+        ImageDraw.Draw(picture),
+        {"stuff": "every pixel has a class", "background": "objects alone"}[name],
+    )
     pen.text((left, 8), f"{name}: {what}", "black", ImageFont.load_default(20))
     folders = {"image": out / "data" / name / "images", "label": out / "data" / name / "labels"}
     folders |= {row: folder_of(out, row) / "eval" / "predictions" / name for row in ROWS}
@@ -453,7 +544,9 @@ def draw_block(picture, left, name, palette, out, chosen, side, gap):
         for r, i in enumerate(chosen):
             cell = np.array(Image.open(folder / f"{i:03d}.png"))  # RGB, or class indices
             cell = Image.fromarray(cell if column == "image" else np.array(palette, np.uint8)[cell])
-            picture.paste(cell.resize((side, side), Image.Resampling.NEAREST), (x, 68 + r * (side + gap)))
+            picture.paste(
+                cell.resize((side, side), Image.Resampling.NEAREST), (x, 68 + r * (side + gap))
+            )
 
 
 def draw_grid(out, held_out, rows=5, side=144, gap=6):
@@ -462,175 +555,33 @@ def draw_grid(out, held_out, rows=5, side=144, gap=6):
     picture = Image.new("RGB", (2 * block - 30 + gap, bottom + 64), "white")
     palettes = {"stuff": PALETTE, "background": [BACKGROUND, *PALETTE]}
     for b, (name, palette) in enumerate(palettes.items()):
-        draw_block(picture, gap + b * block, name, palette, out, examples(held_out[b][1], rows), side, gap)
+        draw_block(
+            picture, gap + b * block, name, palette, out, examples(held_out[b][1], rows), side, gap
+        )
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(17)
-    for k, (name, colour) in enumerate(zip(("background", *CLASSES), palettes["background"], strict=True)):
+    for k, (name, colour) in enumerate(
+        zip(("background", *CLASSES), palettes["background"], strict=True)
+    ):
         x, y = gap + (k % 10) * (picture.width // 10), bottom + 30 * (k // 10)
         pen.rectangle((x, y, x + 18, y + 18), colour, "black")
         pen.text((x + 24, y + 9), name, "black", font, anchor="lm")
     write(out / "toy.png", lambda p: picture.save(p, "PNG", optimize=True))
 
 
-# ---- --explain: one training step as a picture story ----------------------------------------------------------------
-
-# fmt: off
-STORY = [  # title, numbers of its equations, what is to be seen; {other} is another pair's caption
-    ("A pair", (),
-     "A picture and its caption, as the web has them. Nobody has drawn a mask: that this text belongs to this picture "
-     "is all that the model is ever told."),
-    ("Patch similarities", (3,),
-     "CLIP, which is never changed, makes one vector of the text and one of each of 36 patches. The darker the blue, "
-     "the more a patch is like the text: coarse and noisy."),
-    ("Soft mask", (4, 5),
-     "The adapter, the only network that learns, turns the patches into a grid four times finer. White: this place "
-     "belongs to the text. Black: it does not. Grey: between."),
-    ("Yes or no, Figure 3 line 14", (),
-     "To cut out of the picture, every place is drawn to be in or out: white with the soft mask's probability "
-     "(Gumbel). What is learned still flows back to the soft mask."),
-    ("Masked picture", (2, 6),
-     "What is left goes through CLIP as a picture of its own. It has to be like its text and unlike the other texts, "
-     "so the mask must keep what the text means. Grey is cut out."),
-    ("A negative mask", (5, 8, 9),
-     'The mask of another pair\'s text, "{other}", in this picture. It should be empty. The places of each mask are '
-     "averaged to one vector per picture and text."),
-    ("Masked pictures against texts", (6, 7),
-     "Row: one of the pictures below, cut by its own text's mask. Column: a text. The loss raises the outlined "
-     "diagonal, the true pairs, above all others."),
-    ("Averaged places against texts", (8, 9),
-     "The same, but each picture averaged over the mask of each text. Only here do negative masks take part, and learn "
-     "to stay empty."),
-    ("What the step minimises", (10, 11, 12),
-     "The two losses; how far the area of true masks is from 40 % of the picture and that of negative masks from 0; "
-     "roughness (TV); and their weighted sum."),
-]
-TERMS = {"gcl_v": "loss of 7.", "gcl_f": "loss of 8.", "area_pos": "true area", "area_neg": "negative area",
-         "tv_mask": "mask TV", "tv_dense": "feature TV", "total": "sum"}
-# fmt: on
-
-
-def one_step(net, images, tokens, noise):
-    """What one training step computes for B pairs, by name: the lines of Figure 3, with the net's own methods.
-
-    images [B, 3, h, w] normalised, tokens [B, context], noise [B, 1, 4H, 4W]. Returns a dict of tensors.
-    """
-    with torch.no_grad():
-        t, v_d = net.encode_text(tokens), net.dense_features(net.trunk(images), net.patch_grid(images))  # [B, D, H, W]
-        visual = net.clip.visual
-        patches = gcl.normalize(visual.ln_post(v_d.permute(0, 2, 3, 1)) @ visual.proj)  # [B, H, W, C]
-        v_n = gcl.normalize(net.dense_embedding(v_d), dim=1)  # [B, C, 4H, 4W]
-        logits = net.mask_logits(v_n, t)  # [B, B, 4H, 4W]
-        mask, own = logits.sigmoid(), torch.arange(len(images))
-        sample = ops.gumbel_sigmoid(logits[own, own].unsqueeze(1), noise)  # [B, 1, 4H, 4W]
-        masked = F.interpolate(sample, size=images.shape[-2:], mode="nearest") * images  # [B, 3, h, w]
-        step = {"mask": mask, "sample": sample, "masked": masked}
-        step["patches"] = torch.einsum("bhwc,nc->bnhw", patches, t)  # [B, B, H, W]
-        step["s_m"] = net.global_embedding(masked) @ t.T  # [B, B]
-        step["s_f"] = torch.einsum("bnc,nc->bn", gcl.normalize(ops.masked_pool(v_n, mask)), t)  # [B, B]
-        losses = net(images, tokens, noise)
-        return step | {"losses": losses | {"total": gcl.total_loss(losses)}}
-
-
-def story_pairs(shard, count=6):
-    """The first pairs of a shard whose captions name one object and nothing else, each another object."""
-    pairs, found = data.PairDataset([str(shard)], None, None, (1, 1)), {}
-    for image, text in map(pairs.read, range(len(pairs))):
-        named = [name for name in CLASSES if name in text]
-        if len(named) == 1 and named[0] in OBJECTS and len(found) < count:
-            found.setdefault(named[0], (np.array(image), text))
-    story = [*found.values()]
-    story = story[2:] + story[:2]  # seed 0's third picture, a ladybug on grass, holds nothing that its text leaves out
-    return [image for image, _ in story], [text for _, text in story]
-
-
-def as_blue(values, low, high):
-    """Values [h, w] as uint8 [h, w, 3]: white at low, deep blue at high."""
-    share = ((values - low) / max(high - low, 1e-6)).clip(0, 1)[..., None]
-    return (255 - share * (255 - np.float32((0, 60, 140)))).astype(np.uint8)
-
-
-def story_cells(images, texts, before, after):
-    """Nine pairs of cells, one pair for each of STORY: uint8 arrays, or text."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)  # [3, 1, 1]
-    steps, cells = (before, after), [(images[0], f'"{texts[0]}"')]
-    patches = before["patches"][0, 0].numpy()
-    cells.append((images[0], as_blue(patches, patches.min(), patches.max())))
-    cells.append([(255 * step["mask"][0, 0]).byte().numpy() for step in steps])
-    cells.append([(255 * step["sample"][0, 0]).byte().numpy() for step in steps])
-    masked = [255 * (step["masked"][0] * std + mean).clamp(0, 1) for step in steps]
-    cells.append([picture.round().byte().permute(1, 2, 0).numpy() for picture in masked])
-    cells.append([(255 * step["mask"][0, 1]).byte().numpy() for step in steps])
-    cells += [[step[name].numpy() for step in steps] for name in ("s_m", "s_f")]
-    rows = [("", "before", "after")]
-    rows += [(TERMS[name], *(f"{step['losses'][name].item():.3f}" for step in steps)) for name in TERMS]
-    return [*cells, (rows, None)]
-
-
-def draw_cell(page, x, y, cell, side):
-    """One cell of the story at (x, y): a caption, a table, a picture or mask (uint8), or similarities (float)."""
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(20)
-    if isinstance(cell, (str, list)):
-        rows = [(line,) for line in textwrap.wrap(cell, 20)] if isinstance(cell, str) else cell
-        for r, row in enumerate(rows):
-            for c, word in enumerate(row):
-                pen.text((x + 150 * c, y + 10 + 30 * r), word, "black", font)
-        return
-    low, high = cell.min(), cell.max()
-    picture = cell if cell.dtype == np.uint8 else as_blue(cell, low, high)
-    page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
-    pen.rectangle((x - 1, y - 1, x + side, y + side), None, "black")
-    for (r, c), value in np.ndenumerate(cell) if cell.dtype != np.uint8 else ():
-        size, colour = side / len(cell), "white" if value > (low + high) / 2 else "black"
-        left, top = x + c * size, y + r * size
-        if r == c:
-            pen.rectangle((left + 1, top + 1, left + size - 2, top + size - 2), None, (213, 94, 0), 3)
-        pen.text((left + size / 2, top + size / 2), f"{value:.2f}", colour, ImageFont.load_default(14), anchor="mm")
-
-
-def draw_story(path, images, texts, before, after, side=250):
-    """Write the nine steps of STORY as one page, with the pairs of the batch below them."""
-    width, height = 2 * side + 70, side + 170
-    page = Image.new("RGB", (3 * width + 30, 90 + 3 * height + 190), "white")
-    pen, big, small = ImageDraw.Draw(page), ImageFont.load_default(24), ImageFont.load_default(18)
-    pen.text((40, 20), "One training step of Grounded Contrastive Learning", "black", ImageFont.load_default(32))
-    text = "From step 3 on, the left one of two is before training, the right one after: two models, one pair."
-    pen.text((40, 62), text, "black", small)
-    cells = story_cells(images, texts, before, after)
-    for k, ((title, equations, what), pair) in enumerate(zip(STORY, cells, strict=True)):
-        x, y = 40 + k % 3 * width, 100 + k // 3 * height
-        numbers = ", ".join(f"({n})" for n in equations)
-        pen.text((x, y), f"{k + 1}. {title}{', Eq. ' if equations else ''}{numbers}", "black", big)
-        for n, line in enumerate(textwrap.wrap(what.format(other=texts[1]), 62)):
-            pen.text((x, y + 32 + 22 * n), line, "black", small)
-        for c, cell in enumerate(pair):
-            if cell is not None:
-                draw_cell(page, x + c * (side + 12), y + 130, cell, side)
-    y = page.height - 180
-    pen.text((40, y), "The pairs of this step, in the order of rows and columns:", "black", small)
-    for k, (image, text) in enumerate(zip(images, texts, strict=True)):
-        page.paste(Image.fromarray(image).resize((96, 96), Image.Resampling.NEAREST), (40 + 280 * k, y + 36))
-        pen.text((40 + 280 * k, y + 140), f"{k + 1}. {text}", "black", small)
-    write(path, lambda p: page.save(p, "PNG", optimize=True))
-
-
-def explain(out):
-    """Write OUT/explain.png from the toy world in OUT: its pairs, its CLIP, its trained GCL."""
-    images, texts = story_pairs(out / "data/train-000.tar")
-    clip, tokenizer = gcl.load_clip(*map(str, clip_of(out)[1::2]))
-    trained = gcl.load(folder_of(out, "GCL") / "last.pt", *map(str, clip_of(out)[1::2]))
-    batch = normalised(np.stack(images)), tokenizer(texts)  # [6, 3, 48, 48], [6, 20]
-    side = 4 * SIZE // trained.patch
-    noise = torch.rand(len(images), 1, side, side, generator=torch.Generator().manual_seed(0))
-    before, after = (one_step(net, *batch, noise) for net in (gcl.GCL(clip), trained))
-    draw_story(out / "explain.png", images, texts, before, after)
-    print(f"{out / 'explain.png'}: one training step, before and after training")
-
-
 def parse_args():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for all that is written")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, of CLIP and of the adapter's training")
-    parser.add_argument("--ablate", action="store_true", help="also the rows of Table 2: eight more trainings")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/toy"), help="folder for all that is written"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the world, of CLIP and of the adapter's training"
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="also the rows of Table 2: eight more trainings"
+    )
     text = "write OUT/explain.png, one training step in pictures; where OUT has no trained toy, the toy is run first"
     parser.add_argument("--explain", action="store_true", help=text)
     args = parser.parse_args()
@@ -649,13 +600,21 @@ def main(args):
         print(f"[{seconds[stage]:.0f} s] {text}", flush=True)
 
     images, captions, held_out = draw_world(out / "data", args.seed)
-    done("draw", f"drew {len(images):,} pairs and two held-out sets of {HELD_OUT} pictures into {out / 'data'}")
+    done(
+        "draw",
+        f"drew {len(images):,} pairs and two held-out sets of {HELD_OUT} pictures into {out / 'data'}",
+    )
     tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     model = pretrain(images, captions, tokenizer, args.seed)
     write_json(out / "clip/toy-clip.json", CONFIG)
     write(out / "clip/toy-clip.pt", lambda p: torch.save(model.state_dict(), p))
     right = zero_shot(model, tokenizer, *(np.concatenate(a) for a in zip(*held_out, strict=True)))
-    done("clip", "pretrained CLIP; zero-shot it tells {:.0f} % of objects and {:.0f} % of stuff".format(*right))
+    done(
+        "clip",
+        "pretrained CLIP; zero-shot it tells {:.0f} % of objects and {:.0f} % of stuff".format(
+            *right
+        ),
+    )
     miou = {}
     for row in ROWS | (ABLATION if args.ablate else {}):
         if row != "MaskCLIP":
@@ -670,14 +629,5 @@ def main(args):
     print(f"\n{seconds['total']:.0f} s in all; {out / 'toy.json'}, {out / 'toy.png'}")
 
 
-def run(args):
-    """The toy world, or the story of one of its training steps; where that has no trained toy, both."""
-    needed = ("data/train-000.tar", "clip/toy-clip.pt", "gcl/last.pt")
-    if not args.explain or not all((args.out / name).is_file() for name in needed):
-        main(args)
-    if args.explain:
-        explain(args.out)
-
-
 if __name__ == "__main__":
-    run(parse_args())
+    main(parse_args())

@@ -33,8 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import backbone
+import benchmarks
 import data
 import evaluate
+import files
 import gcl
 import report
 
@@ -44,12 +47,18 @@ except ImportError:  # Windows
     resource = None
 
 STOP = (signal.SIGINT, signal.SIGTERM)
-CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")  # the newest first; next.pt exists while two files are renamed
+CHECKPOINTS = (
+    "next.pt",
+    "last.pt",
+    "previous.pt",
+)  # the newest first; next.pt exists while two files are renamed
 
 
 def parse_args(argv=None):
     """The command line; values that cannot be end with exit code 2."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(p)
     args = p.parse_args(argv)
     if wrong := complaint(args):
@@ -61,47 +70,147 @@ def add_flags(p):
     """Every flag, with its section of the paper."""
     add = p.add_argument
     shards = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
-    add("--data", nargs="+", default=shards, help="tar shards: files, globs, {000..331} ranges (Sec. 4.1: CC3M, CC12M)")
-    add("--model", default="ViT-B-16-quickgelu", help="open_clip name or model-config .json (Sec. 4.1: CLIP ViT-B/16)")
+    add(
+        "--data",
+        nargs="+",
+        default=shards,
+        help="tar shards: files, globs, {000..331} ranges (Sec. 4.1: CC3M, CC12M)",
+    )
+    add(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        help="open_clip name or model-config .json (Sec. 4.1: CLIP ViT-B/16)",
+    )
     add("--pretrained", default="openai", help="open_clip tag, or a local weights file")
-    add("--recipe", choices=list(gcl.RECIPES), default="paper", help="the paper's text, or the authors' release")
-    add("--losses", nargs="+", choices=gcl.LOSSES, default=["gcl_v", "gcl_f"], help="Sec. 3.3; rows of Table 2a")
+    add(
+        "--recipe",
+        choices=list(gcl.RECIPES),
+        default="paper",
+        help="the paper's text, or the authors' release",
+    )
+    add(
+        "--losses",
+        nargs="+",
+        choices=gcl.LOSSES,
+        default=["gcl_v", "gcl_f"],
+        help="Sec. 3.3; rows of Table 2a",
+    )
     add("--lambda-gcl", type=float, default=0.1, help="weight of the contrastive losses (Sec. 4.1)")
     add("--lambda-area", type=float, default=0.4, help="weight of the area prior (Sec. 4.1)")
     add("--lambda-tv", type=float, default=1.0, help="weight of the smooth prior (Sec. 4.1)")
-    add("--area-prior", type=float, default=0.4, help="p+, expected area of a positive mask (Sec. 3.3)")
-    add("--batch-size", type=int, default=1024, help="global batch, shared out among the ranks (Sec. 4.1)")
-    add("--micro-batch", type=int, metavar="M", help="images of a rank at a time, to bound memory; the same result")
+    add(
+        "--area-prior",
+        type=float,
+        default=0.4,
+        help="p+, expected area of a positive mask (Sec. 3.3)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=1024,
+        help="global batch, shared out among the ranks (Sec. 4.1)",
+    )
+    add(
+        "--micro-batch",
+        type=int,
+        metavar="M",
+        help="images of a rank at a time, to bound memory; the same result",
+    )
     add("--lr", type=float, default=7.5e-5, help="peak learning rate (Sec. 4.1)")
-    add("--min-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (paper silent)")
-    add("--scalar-lr-mult", type=float, default=1.0, help="factor for gates, w, b, temperatures; for very short runs")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, on weight matrices alone (Sec. 4.1)")
+    add(
+        "--min-lr",
+        type=float,
+        default=1e-5,
+        help="learning rate at the end of the cosine (paper silent)",
+    )
+    add(
+        "--scalar-lr-mult",
+        type=float,
+        default=1.0,
+        help="factor for gates, w, b, temperatures; for very short runs",
+    )
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.05,
+        help="AdamW's, on weight matrices alone (Sec. 4.1)",
+    )
     add("--steps", type=int, default=50_000, help="optimiser steps (Sec. 4.1)")
     add("--warmup-steps", type=int, default=15_000, help="linear warm-up (Sec. 4.1)")
     add("--clip-grad", type=float, default=5.0, help="largest gradient norm (paper silent)")
-    add("--image-size", type=int, help="training crop in pixels; default: the CLIP's own, 224 for ViT-B/16 (Sec. 4.1)")
+    add(
+        "--image-size",
+        type=int,
+        help="training crop in pixels; default: the CLIP's own, 224 for ViT-B/16 (Sec. 4.1)",
+    )
     add("--workers", type=int, default=4, help="loader processes per rank")
-    add("--seed", type=int, default=0, help="order of the data, augmentation, gumbel noise, adapter's start")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the data, augmentation, gumbel noise, adapter's start",
+    )
     add("--out", default="runs/gcl", help="folder for checkpoints and logs")
-    add("--resume", default="auto", help="auto: go on from the newest whole checkpoint in OUT; never; or a file")
+    add(
+        "--resume",
+        default="auto",
+        help="auto: go on from the newest whole checkpoint in OUT; never; or a file",
+    )
     add("--save-every", type=int, default=1000, help="steps between checkpoints, and pictures")
     add("--log-every", type=int, default=50, help="steps between log lines")
-    add("--eval", nargs="+", metavar="NAME|SPEC.json", help="sets to evaluate as it goes (no PAMR), for best.pt")
+    add(
+        "--eval",
+        nargs="+",
+        metavar="NAME|SPEC.json",
+        help="sets to evaluate as it goes (no PAMR), for best.pt",
+    )
     add("--eval-every", type=int, default=5000, help="steps between evaluations of --eval")
-    add("--max-bad", type=float, default=0.1, metavar="SHARE", help="stop when more samples than this are unusable")
-    add("--timeout", type=int, default=1800, metavar="SECONDS", help="longest wait for another rank in a step")
+    add(
+        "--max-bad",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="stop when more samples than this are unusable",
+    )
+    add(
+        "--timeout",
+        type=int,
+        default=1800,
+        metavar="SECONDS",
+        help="longest wait for another rank in a step",
+    )
     area = "print MaskCLIP's mean positive mask area over N pairs, then end: p+ (Sec. 3.3)"
     add("--measure-area-prior", type=int, nargs="?", const=10_000, metavar="N", help=area)
     add("--device", help="cuda, mps or cpu; default: the best there is")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 (or fp16) on CUDA")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 (or fp16) on CUDA",
+    )
 
 
 def complaint(args):
     """What is wrong with the values of the flags, or None."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    counts = ("save_every", "log_every", "eval_every", "timeout", "micro_batch", "image_size", "measure_area_prior")
+    counts = (
+        "save_every",
+        "log_every",
+        "eval_every",
+        "timeout",
+        "micro_batch",
+        "image_size",
+        "measure_area_prior",
+    )
     low = [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]
-    weights = (args.seed, args.workers, args.weight_decay, args.lambda_gcl, args.lambda_area, args.lambda_tv)
+    weights = (
+        args.seed,
+        args.workers,
+        args.weight_decay,
+        args.lambda_gcl,
+        args.lambda_area,
+        args.lambda_tv,
+    )
     checks = (
         (
             args.batch_size < 1 or args.batch_size % ranks,
@@ -116,12 +225,21 @@ def complaint(args):
             not all(weight >= 0 for weight in weights),
             "--seed, --workers, --weight-decay and the --lambda flags cannot be negative",
         ),
-        (not (args.clip_grad > 0 and args.scalar_lr_mult > 0), "--clip-grad and --scalar-lr-mult must be above 0"),
+        (
+            not (args.clip_grad > 0 and args.scalar_lr_mult > 0),
+            "--clip-grad and --scalar-lr-mult must be above 0",
+        ),
         (not 0 <= args.area_prior <= 1, f"--area-prior {args.area_prior} must lie between 0 and 1"),
         (args.seed >= 2**32, f"--seed {args.seed} must be below 2^32"),
         (not 0 <= args.max_bad <= 1, f"--max-bad {args.max_bad} must lie between 0 and 1"),
-        (os.path.exists(args.out) and not os.path.isdir(args.out), f"--out {args.out}: is a file, not a folder"),
-        (not 0 < args.min_lr <= args.lr, f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}"),
+        (
+            os.path.exists(args.out) and not os.path.isdir(args.out),
+            f"--out {args.out}: is a file, not a folder",
+        ),
+        (
+            not 0 < args.min_lr <= args.lr,
+            f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}",
+        ),
     )
     return next((words for wrong, words in checks if wrong), None)
 
@@ -144,7 +262,9 @@ def build_optimizer(net, args):
     groups = {"matrix": [], "vector": [], "scalar": []}
     for name, parameter in net.named_parameters():
         if not name.startswith("clip."):
-            groups[("scalar", "vector")[parameter.ndim] if parameter.ndim < 2 else "matrix"].append(parameter)
+            groups[("scalar", "vector")[parameter.ndim] if parameter.ndim < 2 else "matrix"].append(
+                parameter
+            )
     return torch.optim.AdamW(
         [
             {"params": groups["matrix"], "weight_decay": args.weight_decay, "lr_mult": 1.0},
@@ -169,7 +289,9 @@ def build_pairs(args, net, tokenizer):
     """The image-text pairs at the size of training: image [3, h, w], tokens [context], noise [1, H, W], bad."""
     size = args.image_size or max(net.clip.visual.image_size)
     if size % net.patch:
-        raise data.DataError(f"--image-size {size} is not a multiple of this CLIP's patch, {net.patch}")
+        raise files.InputError(
+            f"--image-size {size} is not a multiple of this CLIP's patch, {net.patch}"
+        )
     mask_size = (4 * size // net.patch,) * 2  # the adapter's grid
     transform = data.train_transform(size, net.recipe.norm, net.recipe.strong_augmentation)
     shards = data.expand_shards(args.data)
@@ -178,50 +300,86 @@ def build_pairs(args, net, tokenizer):
 
 def batches(run, args, batch_size, steps, start=0):
     """Iterator over this rank's batches from a step on: images [B, 3, h, w], tokens, noise [B, 1, H, W], bad."""
-    order = data.GlobalOrder(len(run.pairs), batch_size, steps, args.seed, start, run.rank, run.ranks)
+    order = data.GlobalOrder(
+        len(run.pairs), batch_size, steps, args.seed, start, run.rank, run.ranks
+    )
     pin = run.device.type == "cuda"
     with held_signals():
-        return iter(DataLoader(run.pairs, batch_sampler=order, num_workers=args.workers, pin_memory=pin))
+        return iter(
+            DataLoader(run.pairs, batch_sampler=order, num_workers=args.workers, pin_memory=pin)
+        )
 
 
 # ---- start, resume, checkpoints -------------------------------------------------------------------------------------
 
-SAME_RUN = ("data", "recipe", "losses", "lambda_gcl", "lambda_area", "lambda_tv", "area_prior", "batch_size", "lr")
-SAME_RUN += ("min_lr", "scalar_lr_mult", "weight_decay", "steps", "warmup_steps", "clip_grad", "image_size", "seed")
+SAME_RUN = (
+    "data",
+    "recipe",
+    "losses",
+    "lambda_gcl",
+    "lambda_area",
+    "lambda_tv",
+    "area_prior",
+    "batch_size",
+    "lr",
+)
+SAME_RUN += (
+    "min_lr",
+    "scalar_lr_mult",
+    "weight_decay",
+    "steps",
+    "warmup_steps",
+    "clip_grad",
+    "image_size",
+    "seed",
+)
 
 
 def newest_checkpoint(args):
     """(path, checkpoint) that --resume names, or None for a fresh start; an older one where the newest is broken."""
     if args.resume != "auto":
-        return None if args.resume == "never" else (Path(args.resume), gcl.read_checkpoint(args.resume))
+        return (
+            None
+            if args.resume == "never"
+            else (Path(args.resume), gcl.read_checkpoint(args.resume))
+        )
     there = [path for name in CHECKPOINTS if (path := Path(args.out, name)).is_file()]
     for path in there:
         try:
             return path, gcl.read_checkpoint(path)
-        except gcl.CheckpointError as error:
+        except files.InputError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {error}; looking for an older one", file=sys.stderr)
     if there:
-        raise gcl.CheckpointError(f"{there[0]}: no checkpoint here can be read; --resume never starts over")
+        raise files.InputError(
+            f"{there[0]}: no checkpoint here can be read; --resume never starts over"
+        )
     return None
 
 
 def restore(run, args):
     """Takes up the checkpoint that --resume names: sets run.start and run.progress, 0 and zeros for a fresh start."""
-    run.start, run.progress = 0, {"skipped": 0, "in_a_row": 0, "bad": [0] * len(data.REASONS), "best": None}
+    run.start, run.progress = (
+        0,
+        {"skipped": 0, "in_a_row": 0, "bad": [0] * len(data.REASONS), "best": None},
+    )
     found = None if args.measure_area_prior else newest_checkpoint(args)
     if found is None:
         return
     path, checkpoint = found
     if not {"optimizer", "scaler", "step", "args", "progress", "pairs"} <= checkpoint.keys():
-        raise gcl.CheckpointError(f"{path}: has no optimiser state, so training cannot go on from it")
+        raise files.InputError(f"{path}: has no optimiser state, so training cannot go on from it")
     for name in SAME_RUN:
         if checkpoint["args"].get(name) != getattr(args, name):
             flag = f"--{name.replace('_', '-')} {checkpoint['args'].get(name)}"
-            raise gcl.CheckpointError(f"{path}: was trained with {flag}; give the same, or another --out")
+            raise files.InputError(
+                f"{path}: was trained with {flag}; give the same, or another --out"
+            )
     if checkpoint["pairs"] != run.pairs.fingerprint():
         now = f"--data now has {len(run.pairs):,} pairs whose places in the shards differ"
-        raise gcl.CheckpointError(f"{path}: was trained on other pairs, {now}; give the same shards, or another --out")
+        raise files.InputError(
+            f"{path}: was trained on other pairs, {now}; give the same shards, or another --out"
+        )
     gcl.restore(run.net, checkpoint, path)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty unless the run was in float16
@@ -232,8 +390,14 @@ def restore(run, args):
 def save(run, done, args):
     """last.pt for step done, and the one before as previous.pt: at any moment a whole one is there."""
     out = Path(args.out)
-    state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "args": vars(args)}
-    run.net.save(out / "next.pt", step=done, progress=run.progress, pairs=run.pairs.fingerprint(), **state)
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "args": vars(args),
+    }
+    run.net.save(
+        out / "next.pt", step=done, progress=run.progress, pairs=run.pairs.fingerprint(), **state
+    )
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "previous.pt")
     os.replace(out / "next.pt", out / "last.pt")
@@ -247,7 +411,9 @@ def wrap(net, device, ranks):
     """
     if ranks == 1:
         return net
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        net, device_ids=[device.index] if device.type == "cuda" else None
+    )
 
 
 def join(run, args):
@@ -262,11 +428,13 @@ def join(run, args):
         store.set(keys[run.rank], mine)
         store.wait(keys, timedelta(days=1))
     except RuntimeError as error:
-        raise data.DataError(f"not all {run.ranks} ranks have started ({gcl.first_line(error)})") from error
+        raise files.InputError(
+            f"not all {run.ranks} ranks have started ({files.first_line(error)})"
+        ) from error
     for rank, key in enumerate(keys):
         if (other := store.get(key).decode()) != mine:
             words = f"rank {run.rank} would start at {mine}, rank {rank} at {other}"
-            raise data.DataError(f"{words}; all nodes need the same --data and a shared --out")
+            raise files.InputError(f"{words}; all nodes need the same --data and a shared --out")
     backend, wait = "nccl" if run.device.type == "cuda" else "gloo", timedelta(seconds=args.timeout)
     dist.init_process_group(backend, store=store, rank=run.rank, world_size=run.ranks, timeout=wait)
 
@@ -274,12 +442,18 @@ def join(run, args):
 def start_run(args):
     """All that stands before the first step, as a namespace; nothing is written before all of it has succeeded."""
     data.expand_shards(args.data)
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    run = SimpleNamespace(rank=rank, ranks=ranks, device=gcl.pick_device(args.device), signals=[])
+    rank, ranks = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    run = SimpleNamespace(
+        rank=rank, ranks=ranks, device=backbone.pick_device(args.device), signals=[]
+    )
     torch.manual_seed(args.seed)
     clip, run.tokenizer = gcl.load_clip(args.model, args.pretrained, run.device)
     if run.tokenizer.vocab_size > clip.vocab_size:
-        raise gcl.CheckpointError(f"--model {args.model}: its vocabulary is smaller than CLIP's tokenizer needs")
+        raise files.InputError(
+            f"--model {args.model}: its vocabulary is smaller than CLIP's tokenizer needs"
+        )
     run.net = gcl.GCL(clip, args.recipe, args.losses, args.area_prior).train()
     run.optimizer = build_optimizer(run.net, args)
     run.dtype, run.scaler = precision_of(args, run.device)
@@ -310,9 +484,21 @@ def begin_logs(run, args):
     if args.resume == "never":  # or a later --resume auto would go on with the old run
         for name in (*CHECKPOINTS, "best.pt"):
             (out / name).unlink(missing_ok=True)
-    facts = {"ranks": run.ranks, "pairs": len(run.pairs), "commit": git_commit(), "python": platform.python_version()}
-    facts |= {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")}
-    old = (out / "log.jsonl").read_text().splitlines() if run.start and (out / "log.jsonl").is_file() else []
+    facts = {
+        "ranks": run.ranks,
+        "pairs": len(run.pairs),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+    }
+    facts |= {
+        name: version(name)
+        for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+    }
+    old = (
+        (out / "log.jsonl").read_text().splitlines()
+        if run.start and (out / "log.jsonl").is_file()
+        else []
+    )
     kept = [line for line in old if report.log_step(line) <= run.start]
     config = json.dumps(vars(args) | facts, indent=1)
     for name, lines in (("config.json", [config]), ("log.jsonl", kept)):
@@ -342,7 +528,9 @@ def held_signals():
 @contextlib.contextmanager
 def caught_signals(seen):
     """SIGINT and SIGTERM only add themselves to the list seen; the loop looks there after every step."""
-    before = {number: signal.signal(number, lambda caught, _: seen.append(caught)) for number in STOP}
+    before = {
+        number: signal.signal(number, lambda caught, _: seen.append(caught)) for number in STOP
+    }
     try:
         yield
     finally:
@@ -419,7 +607,9 @@ def check_health(run, done, args):
     """DataError after 20 skipped steps in a row, or when too many samples cannot be used."""
     progress = run.progress
     if progress["in_a_row"] == 20:
-        raise data.DataError(f"step {done - 1}: 20 non-finite gradients in a row; lower --lr or use --precision fp32")
+        raise files.InputError(
+            f"step {done - 1}: 20 non-finite gradients in a row; lower --lr or use --precision fp32"
+        )
     if done % args.log_every == 0:
         data.too_many_bad(progress["bad"], done * args.batch_size, args.max_bad)
 
@@ -439,12 +629,23 @@ def log_record(done, facts, clock, run, args):
     """What one log line says; plain numbers. clock: time and step of the line before, seconds waited for data since."""
     net, seconds = run.net, time.perf_counter() - clock.since
     speed = (done - clock.step) * args.batch_size / seconds
-    record = {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))} | facts.terms | facts.areas
+    record = (
+        {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))}
+        | facts.terms
+        | facts.areas
+    )
     record |= {"w": net.w.item(), "b": net.b.item()}
     record |= {f"tau_{name}": math.exp(-net.log_scale[name].item()) for name in net.losses}
     record |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": facts.norm}
-    record |= {"images_per_second": speed, "data_wait": clock.waited / seconds, "memory_gb": memory_gb(run.device)}
-    record |= {"skipped": run.progress["skipped"], "bad": dict(zip(data.REASONS, run.progress["bad"], strict=True))}
+    record |= {
+        "images_per_second": speed,
+        "data_wait": clock.waited / seconds,
+        "memory_gb": memory_gb(run.device),
+    }
+    record |= {
+        "skipped": run.progress["skipped"],
+        "bad": dict(zip(data.REASONS, run.progress["bad"], strict=True)),
+    }
     return record | {"eta_seconds": round((args.steps - done) * args.batch_size / speed)}
 
 
@@ -453,10 +654,12 @@ def read_eval_sets(run, args):
     run.sets, flags = [], ["--no-pamr", "--workers", str(args.workers), "--out", args.out]
     if args.eval and not args.measure_area_prior:
         run.eval_args = evaluate.parse_args(["--datasets", *args.eval, *flags])
-        run.eval_args.precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
+        run.eval_args.precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+            run.dtype
+        ]
         run.sets = evaluate.read_sets(run.eval_args)
         for dataset in run.sets:
-            data.check_labels(dataset)
+            benchmarks.check_labels(dataset)
 
 
 def evaluate_now(run, done, args, bar):
@@ -477,9 +680,15 @@ def evaluate_now(run, done, args, bar):
     if better:
         run.progress["best"] = {"step": done, "miou": miou}
     if run.rank == 0:
-        record = {"step": done, "miou": miou, "partial": any(result.get("partial") for result in results.values())}
+        record = {
+            "step": done,
+            "miou": miou,
+            "partial": any(result.get("partial") for result in results.values()),
+        }
         record |= {f"miou_{name}": result["miou"] for name, result in results.items()}
-        report.write_log(record | {"best_step": (run.progress["best"] or {}).get("step")}, args.out, bar)
+        report.write_log(
+            record | {"best_step": (run.progress["best"] or {}).get("step")}, args.out, bar
+        )
         if better:
             run.net.save(Path(args.out, "best.pt"), **run.progress["best"])
     return better
@@ -490,9 +699,13 @@ def draw_samples(run, path, rows=4):
     """samples.png: the same few pairs each time, under the masks of their own captions and of the next pair's."""
     n = min(rows, len(run.pairs))
     samples = [run.pairs[k, k * len(run.pairs) // n][:2] for k in range(n)]
-    images, tokens = (torch.stack(x).to(run.device) for x in zip(*samples, strict=True))  # [n, 3, h, w], [n, context]
+    images, tokens = (
+        torch.stack(x).to(run.device) for x in zip(*samples, strict=True)
+    )  # [n, 3, h, w], [n, context]
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        masks = run.net.segment(images, run.net.encode_text(tokens), kp_weight=0).cpu()  # [n, n, h, w]
+        masks = run.net.segment(
+            images, run.net.encode_text(tokens), kp_weight=0
+        ).cpu()  # [n, n, h, w]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.net.recipe.norm)  # [3, 1, 1]
     words = [run.tokenizer.decode(row.tolist()).split("<end_of_text>")[0] for row in tokens]
     captions = [text.removeprefix("<start_of_text>").strip() for text in words]
@@ -512,12 +725,21 @@ def measure_area_prior(run, args):
     n = min(args.measure_area_prior, len(run.pairs))
     batch_size = max(min(args.batch_size, 64 * run.ranks, n) // run.ranks, 1) * run.ranks
     steps, sums = max(n // batch_size, 1), torch.zeros(3, dtype=torch.float64)
-    for images, tokens, _, _ in tqdm(batches(run, args, batch_size, steps), "measuring", steps, disable=run.rank > 0):
+    for images, tokens, _, _ in tqdm(
+        batches(run, args, batch_size, steps), "measuring", steps, disable=run.rank > 0
+    ):
         images = images.to(run.device)
-        t, grid = run.net.encode_text(tokens.to(run.device)), run.net.patch_grid(images)
+        t, grid = (
+            run.net.encode_text(tokens.to(run.device)),
+            backbone.patch_grid(images, run.net.patch),
+        )
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-            v_d = run.net.dense_features(run.net.trunk(images), grid)  # [B, D, H, W]
-        areas = run.net.preserved_masks(v_d, t, grid).mean((2, 3)).diagonal().double().cpu()  # [B, B, H, W] -> [B]
+            v_d = backbone.dense_features(
+                run.net.last_block, backbone.trunk(run.net.clip.visual, images), grid
+            )  # [B, D, H, W]
+        areas = (
+            run.net.preserved_masks(v_d, t, grid).mean((2, 3)).diagonal().double().cpu()
+        )  # [B, B, H, W] -> [B]
         sums += torch.stack([torch.tensor(len(areas)), areas.sum(), areas.square().sum()])
     if run.ranks > 1:
         sums = sums.float().to(run.device)
@@ -565,7 +787,9 @@ def after_step(done, facts, clock, run, args, bar):
         clock.since, clock.step, clock.waited = time.perf_counter(), done, 0.0
     trained = time.perf_counter()
     due = done % args.save_every == 0 or last
-    if run.rank == 0 and (due or facts.stop):  # first of all: a launcher that has sent a signal does not wait
+    if run.rank == 0 and (
+        due or facts.stop
+    ):  # first of all: a launcher that has sent a signal does not wait
         save(run, done, args)
     if run.sets and not facts.stop and (done % args.eval_every == 0 or last):
         if evaluate_now(run, done, args, bar) and run.rank == 0:
@@ -573,7 +797,9 @@ def after_step(done, facts, clock, run, args, bar):
     if run.rank == 0 and due and not facts.stop:
         draw_samples(run, Path(args.out, "samples.png"))
         report.write_curves(Path(args.out, "loss.png"), Path(args.out, "log.jsonl"))
-    clock.since += time.perf_counter() - trained  # what stands above is no part of images per second
+    clock.since += (
+        time.perf_counter() - trained
+    )  # what stands above is no part of images per second
 
 
 def main(args):
@@ -589,7 +815,11 @@ def main(args):
         with no_loaders_left(), caught_signals(run.signals):
             stop = train(run, args)
         if run.rank == 0:
-            words = f"stopped by {signal.Signals(stop).name}, the same command goes on" if stop else "trained"
+            words = (
+                f"stopped by {signal.Signals(stop).name}, the same command goes on"
+                if stop
+                else "trained"
+            )
             print(f"{Path(args.out, 'last.pt')}: {words} to step {args.steps}")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -601,14 +831,16 @@ def command(argv=None):
     args = parse_args(argv)
     try:
         return main(args)
-    except (data.DataError, gcl.CheckpointError, OSError) as error:
+    except (files.InputError, OSError) as error:
         # A loader process sends its whole traceback as the message; the last line is what happened.
-        words = (str(error) or repr(error)).splitlines()[-1].removeprefix("data.DataError: ")
+        words = (str(error) or repr(error)).splitlines()[-1].removeprefix("files.InputError: ")
     except RuntimeError as error:
-        if not dist.is_initialized() or not re.search("gloo|nccl|timed out|connection", str(error), re.IGNORECASE):
+        if not dist.is_initialized() or not re.search(
+            "gloo|nccl|timed out|connection", str(error), re.IGNORECASE
+        ):
             raise
         words = f"a collective was not completed within --timeout {args.timeout} s: another rank has failed or hangs"
-        words += f" ({gcl.first_line(error)})"
+        words += f" ({files.first_line(error)})"
     except KeyboardInterrupt:
         return 130
     if dist.is_initialized():

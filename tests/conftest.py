@@ -27,14 +27,18 @@ def _seed():
 def golden(name):
     """The arrays of tests/golden/<name>.npz as tensors, names as lists of str."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {k: v.tolist() if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
+        return {
+            k: v.tolist() if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()
+        }
 
 
 def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
     """Same shape and values; the golden tensors' tolerance by default."""
     if not torch.is_tensor(expected):
         expected = torch.tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=rtol, atol=atol, check_dtype=False)
+    torch.testing.assert_close(
+        actual.detach(), expected.detach(), rtol=rtol, atol=atol, check_dtype=False
+    )
 
 
 def run_ranks(function, *args, ranks=2):
@@ -49,6 +53,8 @@ def run_ranks(function, *args, ranks=2):
 
 def _rank(rank, ranks, folder, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks
+    )
     torch.save(function(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

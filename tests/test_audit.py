@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 
-import data
+import benchmarks
 import evaluate
 import train
 
@@ -50,7 +50,10 @@ def scopes(path):
 
 
 SCOPES = {path.name: scopes(path.name) for path in ROOT.glob("*.py")}
-TESTS = {f"tests/{path.name}": scopes(f"tests/{path.name}") for path in (ROOT / "tests").glob("test_*.py")}
+TESTS = {
+    f"tests/{path.name}": scopes(f"tests/{path.name}")
+    for path in (ROOT / "tests").glob("test_*.py")
+}
 
 
 def test_every_name_and_every_test_of_the_audit_exists():
@@ -60,7 +63,9 @@ def test_every_name_and_every_test_of_the_audit_exists():
     assert [f"{file}::{name}" for file, name in tests if name not in TESTS.get(file, {})] == []
     # Nothing that looks like a name or a test is written in a way that the two patterns do not see.
     quoted = re.findall(r"`[^`]*`", TEXT)
-    assert [q for q in quoted if ".py:" in q and not re.fullmatch(f"{CODE}|{TEST}|`file:name`", q)] == []
+    assert [
+        q for q in quoted if ".py:" in q and not re.fullmatch(f"{CODE}|{TEST}|`file:name`", q)
+    ] == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
@@ -98,7 +103,10 @@ def test_every_figure_and_every_line_of_the_pseudo_code_stands_in_the_audit():
 def test_every_row_of_the_papers_tables_stands_in_the_audit_with_its_figures():
     tables = json.loads((GOLDEN / "paper_tables.json").read_text().replace("-dagger", "\\u2020"))
     expected = [
-        (n, name, row) for n in ("1", "2a", "2b", "3") for name, row in tables[f"table{n}"].items() if name[0] != "_"
+        (n, name, row)
+        for n in ("1", "2a", "2b", "3")
+        for name, row in tables[f"table{n}"].items()
+        if name[0] != "_"
     ]
     found = [(row[0], row[1], [float(v) for v in row[2].split()]) for row in section(5)]
     assert sorted(found) == sorted(expected)
@@ -112,9 +120,16 @@ def test_every_choice_that_the_code_calls_silent_or_different_has_its_row():
     for file, names in SCOPES.items():
         for number, line in enumerate((ROOT / file).read_text().splitlines(), start=1):
             if re.search(r"Paper silent\b|Release differs\b", line):
-                around = [(last - first, name) for name, (first, last) in names.items() if first <= number <= last]
+                around = [
+                    (last - first, name)
+                    for name, (first, last) in names.items()
+                    if first <= number <= last
+                ]
                 name = min(around)[1].removesuffix(".__init__") if around else "(the file)"
-                owners = {f"{file}:{name}", f"{file}:{name.rsplit('.', 1)[0]}"}  # a field may stand under its class
+                owners = {
+                    f"{file}:{name}",
+                    f"{file}:{name.rsplit('.', 1)[0]}",
+                }  # a field may stand under its class
                 seen += 1
                 if not owners & named:
                     missing.append(f"{file}:{number} in {name}")
@@ -133,23 +148,37 @@ def test_the_short_schedule_is_the_papers():
     """Sec. 4.4: batch 512, 40,000 steps, 10,000 of them warm-up, the same peak learning rate."""
     command = re.search(r'TABLE2="torchrun --nproc_per_node=8 train.py (.*)"', README)[1]
     args = train.parse_args(command.split())
-    assert (args.batch_size, args.steps, args.warmup_steps, args.lr) == (512, 40_000, 10_000, 7.5e-5)
+    assert (args.batch_size, args.steps, args.warmup_steps, args.lr) == (
+        512,
+        40_000,
+        10_000,
+        7.5e-5,
+    )
     assert (args.lambda_gcl, args.lambda_area, args.lambda_tv) == (0.1, 0.4, 1.0)
 
 
 def test_the_benchmarks_have_the_classes_that_the_paper_counts():
-    counts = {name: (len(set_.classes), set_.background) for name, set_ in data.BENCHMARKS.items()}
+    counts = {
+        name: (len(set_.classes), set_.background) for name, set_ in benchmarks.BENCHMARKS.items()
+    }
     with_background = {"voc": 21, "context": 60, "coco_object": 81}
     without = {"voc20": 20, "context59": 59, "coco_stuff": 171, "cityscapes": 19, "ade20k": 150}
-    assert counts == {n: (k, True) for n, k in with_background.items()} | {n: (k, False) for n, k in without.items()}
+    assert counts == {n: (k, True) for n, k in with_background.items()} | {
+        n: (k, False) for n, k in without.items()
+    }
 
 
 def test_table_3_is_the_mean_over_its_classes():
     """From the matrix of the whole set: a pixel of any class that is taken for one of Table 3's counts against it."""
-    classes = data.BENCHMARKS["voc20"].classes
+    classes = benchmarks.BENCHMARKS["voc20"].classes
     among = [classes.index(name) for name in ("pottedplant", "sheep", "sofa", "train", "tvmonitor")]
     matrix = torch.randint(1, 50, (20, 20), generator=torch.Generator().manual_seed(4))
-    found = data.SegmentationSet("voc20", classes, False, [], [], 0, data.BENCHMARKS["voc20"].partial)
-    iou = [100 * int(matrix[k, k]) / int(matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in among]
+    found = benchmarks.SegmentationSet(
+        "voc20", classes, False, [], [], 0, benchmarks.BENCHMARKS["voc20"].partial
+    )
+    iou = [
+        100 * int(matrix[k, k]) / int(matrix[k].sum() + matrix[:, k].sum() - matrix[k, k])
+        for k in among
+    ]
     result = evaluate.summary(found, matrix[None], False, 0.0)["partial_miou"]
     assert result == pytest.approx(sum(iou) / 5, abs=1e-3)

@@ -42,7 +42,10 @@ def test_bench_measures_all_stages_and_its_ratios_are_of_its_times(tmp_path):
     assert [row["stage"] for row in rows] == stages
     assert result["threads"] == 1 and "1 CPU thread" in done.stdout
     for row in rows:
-        assert len(row["times"]) == len(row["floor_times"]) == 2 and min(row["times"] + row["floor_times"]) > 0
+        assert (
+            len(row["times"]) == len(row["floor_times"]) == 2
+            and min(row["times"] + row["floor_times"]) > 0
+        )
         ratios = [t / f for t, f in zip(row["times"], row["floor_times"], strict=True)]
         assert row["ratio"] == pytest.approx(statistics.median(ratios))
         assert row["seconds"] == pytest.approx(statistics.median(row["times"]))
@@ -53,10 +56,17 @@ def test_bench_measures_all_stages_and_its_ratios_are_of_its_times(tmp_path):
 
 
 def test_the_yardstick_is_pamr():
-    image, mask = torch.rand(2, 3, 30, 26, dtype=torch.float64), torch.rand(2, 4, 30, 26, dtype=torch.float64)
+    image, mask = (
+        torch.rand(2, 3, 30, 26, dtype=torch.float64),
+        torch.rand(2, 4, 30, 26, dtype=torch.float64),
+    )
     assert_close(bench.yardstick(image, mask), pamr.pamr(image, mask), rtol=1e-9, atol=1e-9)
 
 
 def test_impossible_flags_are_refused(tmp_path):
-    for flags in (["--rounds", 0], ["--stages", "all"], ["--json", tmp_path / "missing" / "x.json"]):
+    for flags in (
+        ["--rounds", 0],
+        ["--stages", "all"],
+        ["--json", tmp_path / "missing" / "x.json"],
+    ):
         tiny.check_refused(tiny.run("bench.py", *flags), 2, flags[0])

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tiny import jpeg, make_shards, write_tar
 
 import data
+import files
 import gcl
 
 RULES = json.loads((conftest.GOLDEN / "datasets.json").read_text())
@@ -59,35 +60,67 @@ def grey(value, mode="RGB", size=(30, 20)):
 def test_globs_and_ranges_name_the_same_shards_once(tmp_path):
     pattern = make_shards(tmp_path, shards=3, pairs=1)
     by_range = data.expand_shards([str(tmp_path / "{000..002}.tar"), pattern])
-    assert by_range == data.expand_shards([pattern]) == [str(tmp_path / f"{k:03d}.tar") for k in range(3)]
+    assert (
+        by_range
+        == data.expand_shards([pattern])
+        == [str(tmp_path / f"{k:03d}.tar") for k in range(3)]
+    )
 
 
 def test_missing_shards_are_named(tmp_path):
     make_shards(tmp_path, shards=2)
-    with pytest.raises(data.DataError, match="002.tar is missing"):
+    with pytest.raises(files.InputError, match="002.tar is missing"):
         data.expand_shards([str(tmp_path / "{000..002}.tar")])
-    with pytest.raises(data.DataError, match="no such shard"):
+    with pytest.raises(files.InputError, match="no such shard"):
         data.expand_shards([str(tmp_path / "*.zip")])
 
 
 def found_in(path):
     """{image bytes: text bytes} of a shard's rows, and its counts."""
     counts, rows = data.scan_shard(path)
-    return {i.decode(): t.decode() for i, t in (data.read_bytes(path, row) for row in rows)}, counts.tolist()
+    return {
+        i.decode(): t.decode() for i, t in (data.read_bytes(path, row) for row in rows)
+    }, counts.tolist()
 
 
 def test_a_scan_finds_the_bytes_of_whole_pairs_alone(tmp_path):
-    members = [("a.txt", b"caption a"), ("a.JPG", b"image a"), ("b.jpg", b"no caption"), ("c.txt", b"no image")]
-    members += [("d.png", b"image d"), ("d.json", b'{"caption": "d"}'), ("sub/a.webp", b"image s"), ("sub/a.TXT", b"s")]
-    members += [("._d.jpg", b"mac"), ("._d.txt", b"mac"), ("e.jpeg", b"image e"), ("notes.md", bytes(70_000))]
+    members = [
+        ("a.txt", b"caption a"),
+        ("a.JPG", b"image a"),
+        ("b.jpg", b"no caption"),
+        ("c.txt", b"no image"),
+    ]
+    members += [
+        ("d.png", b"image d"),
+        ("d.json", b'{"caption": "d"}'),
+        ("sub/a.webp", b"image s"),
+        ("sub/a.TXT", b"s"),
+    ]
+    members += [
+        ("._d.jpg", b"mac"),
+        ("._d.txt", b"mac"),
+        ("e.jpeg", b"image e"),
+        ("notes.md", bytes(70_000)),
+    ]
     members += [("e.json", b"{}"), ("e.txt", b"caption e"), ("f.txt", b"")]
     found, counts = found_in(write_tar(tmp_path / "x.tar", members))
-    assert found == {"image a": "caption a", "image d": '{"caption": "d"}', "image s": "s", "image e": "caption e"}
+    assert found == {
+        "image a": "caption a",
+        "image d": '{"caption": "d"}',
+        "image s": "s",
+        "image e": "caption e",
+    }
     assert counts == [4, 3, 0, 0]  # pairs, half pairs, duplicates, cut
 
 
 def test_the_first_of_two_equal_names_counts(tmp_path):
-    members = [("a.jpg", b"first"), ("a.txt", b"1"), ("b.jpg", b"b"), ("a.jpg", b"second"), ("a.txt", b"2")]
+    members = [
+        ("a.jpg", b"first"),
+        ("a.txt", b"1"),
+        ("b.jpg", b"b"),
+        ("a.jpg", b"second"),
+        ("a.txt", b"2"),
+    ]
     assert found_in(write_tar(tmp_path / "x.tar", members + [("b.txt", b"3")])) == (
         {"first": "1", "b": "3"},
         [2, 0, 2, 0],
@@ -107,20 +140,33 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
     """Long names, names beyond ASCII, folders; the fast walk does them all itself, in each of the three formats."""
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=kind) as tar:
-        for name in ("a.jpg", "d" * 60 + "/" + "e" * 70 + ".txt", "d" * 96 + ".png", "Gemälde/猫.webp", "empty.txt"):
-            add(tar, name, name.encode() * (name != "empty.txt"), mtime=1.5)  # a fraction needs a pax header
+        for name in (
+            "a.jpg",
+            "d" * 60 + "/" + "e" * 70 + ".txt",
+            "d" * 96 + ".png",
+            "Gemälde/猫.webp",
+            "empty.txt",
+        ):
+            add(
+                tar, name, name.encode() * (name != "empty.txt"), mtime=1.5
+            )  # a fraction needs a pax header
         add(tar, "folder", b"", type=tarfile.DIRTYPE)
         if kind != tarfile.USTAR_FORMAT:
             add(tar, "f" * 300 + ".jpg", bytes(1024))
         add(tar, "last.jpg", bytes(513))
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    assert list(data.walk_headers(path)) == expected and data.list_members(path) == (expected, False)
+    assert list(data.walk_headers(path)) == expected and data.list_members(path) == (
+        expected,
+        False,
+    )
 
 
 def test_unusual_headers_are_left_to_tarfile(tmp_path):
     path = tmp_path / "x.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}) as tar:
+    with tarfile.open(
+        path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}
+    ) as tar:
         add(tar, "a.jpg", b"image a")
         add(tar, "a.txt", b"a")
         add(tar, "b.txt", b"", type=tarfile.SYMTYPE, linkname="a.txt")
@@ -129,14 +175,21 @@ def test_unusual_headers_are_left_to_tarfile(tmp_path):
     assert found_in(path) == ({"image a": "a"}, [1, 0, 0, 0])
 
 
-@pytest.mark.parametrize("cut", [7 * 1536 + 600, 7 * 1536 + 100, 7 * 1536])  # in a member, in its header, before it
+@pytest.mark.parametrize(
+    "cut", [7 * 1536 + 600, 7 * 1536 + 100, 7 * 1536]
+)  # in a member, in its header, before it
 def test_a_cut_shard_gives_the_pairs_before_the_cut_with_one_warning(tmp_path, capsys, cut):
     members = [(f"{k}.{s}", bytes(700)) for k in range(5) for s in ("jpg", "txt")]
     content = open(write_tar(tmp_path / "x.tar", members), "rb").read()
-    (tmp_path / "cut.tar").write_bytes(content[:cut])  # 512 of header and 1024 of content per member
+    (tmp_path / "cut.tar").write_bytes(
+        content[:cut]
+    )  # 512 of header and 1024 of content per member
     for _ in range(2):
         assert len(dataset(str(tmp_path / "cut.tar"), cache=tmp_path)) == 3
-    assert capsys.readouterr().err == f"warning: {tmp_path}/cut.tar: cut off; using the 3 pairs before the cut\n"
+    assert (
+        capsys.readouterr().err
+        == f"warning: {tmp_path}/cut.tar: cut off; using the 3 pairs before the cut\n"
+    )
     rows = [data.scan_shard(str(tmp_path / name))[1] for name in ("cut.tar", "x.tar")]
     assert rows[0].tolist() == rows[1][:3].tolist()
 
@@ -151,10 +204,10 @@ def test_a_broken_header_ends_a_shard_as_a_cut_does(tmp_path):
 def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
     for content in (b"this is not a tar" * 100, b""):
         (tmp_path / "no.tar").write_bytes(content)
-        with pytest.raises(data.DataError, match="no.tar: not a tar"):
+        with pytest.raises(files.InputError, match="no.tar: not a tar"):
             data.scan_shard(str(tmp_path / "no.tar"))
     path = write_tar(tmp_path / "x.tar", [("readme.md", b"hello")])
-    with pytest.raises(data.DataError, match="x.tar: no image-text pairs"):
+    with pytest.raises(files.InputError, match="x.tar: no image-text pairs"):
         dataset(path, cache=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -182,9 +235,14 @@ def test_shards_are_scanned_once_and_again_when_they_change(tmp_path, monkeypatc
     pattern, scans = make_shards(tmp_path / "data", shards=2, pairs=3), []
     scan = data.scan_shard
     monkeypatch.setattr(data, "scan_shard", lambda path: scans.append(path) or scan(path))
-    first, again = dataset(pattern, cache=tmp_path / "out"), dataset(pattern, cache=tmp_path / "out")
+    first, again = (
+        dataset(pattern, cache=tmp_path / "out"),
+        dataset(pattern, cache=tmp_path / "out"),
+    )
     assert len(scans) == 2 and np.array_equal(first.index, again.index) and len(again) == 6
-    assert np.array_equal(first.index, dataset(pattern).index) and len(scans) == 4  # without a folder nothing is kept
+    assert (
+        np.array_equal(first.index, dataset(pattern).index) and len(scans) == 4
+    )  # without a folder nothing is kept
     write_tar(tmp_path / "data/001.tar", pair("a"))
     assert len(dataset(pattern, cache=tmp_path / "out")) == 4 and len(scans) == 6
     os.utime(tmp_path / "data/001.tar", (1, 1))
@@ -192,7 +250,9 @@ def test_shards_are_scanned_once_and_again_when_they_change(tmp_path, monkeypatc
     assert len(scans) == 8 and not list((tmp_path / "out").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-16], lambda b: b[:40], lambda b: bytes(len(b))])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[:-16], lambda b: b[:40], lambda b: bytes(len(b))]
+)
 def test_a_broken_cache_is_made_anew(tmp_path, damage):
     pattern = make_shards(tmp_path / "data", shards=2, pairs=3)
     expected = np.array(dataset(pattern, cache=tmp_path / "out").index)
@@ -241,7 +301,9 @@ def slow_scan(shard, folder, seconds):
 def scanning(folder, end=30):
     """The ids of the processes that scan, as soon as there is one."""
     end += time.time()
-    while not (found := {int(path.name[5:]) for path in folder.glob("scan-*")}) and time.time() < end:
+    while (
+        not (found := {int(path.name[5:]) for path in folder.glob("scan-*")}) and time.time() < end
+    ):
         time.sleep(0.01)
     return found
 
@@ -251,7 +313,9 @@ def test_one_process_scans_while_the_others_wait(tmp_path):
     processes = [slow_scan(shard, tmp_path / "out", 0.5) for _ in range(4)]
     for process in processes:
         process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 4 and len(scanning(tmp_path / "out")) == 1
+    assert [process.exitcode for process in processes] == [0] * 4 and len(
+        scanning(tmp_path / "out")
+    ) == 1
 
 
 def test_if_the_scanning_process_is_killed_another_takes_over(tmp_path):
@@ -303,14 +367,20 @@ def test_noise_and_augmentation_of_a_sample_share_no_numbers(tmp_path):
 IMAGES = {  # bytes of an image, and the grey value it is to be shown in
     "cmyk": (encode(grey(90, "CMYK"), "JPEG"), 90),
     "palette": (encode(grey(204, "P")), 204),
-    "palette, one colour transparent": (encode(grey(204, "P"), transparency=grey(204, "P").getpixel((0, 0))), 255),
+    "palette, one colour transparent": (
+        encode(grey(204, "P"), transparency=grey(204, "P").getpixel((0, 0))),
+        255,
+    ),
     "palette, half transparent": (encode(grey(204, "P"), transparency=bytes([128]) * 256), 229),
     "1 bit": (encode(grey(255, "1")), 255),
     "16 bit": (encode(Image.fromarray(np.full((20, 30), 90 * 256 + 200, dtype=np.uint16))), 90),
     "grey, alpha": (encode(Image.new("LA", (30, 20), (0, 0))), 255),
     "colour, alpha": (encode(Image.new("RGBA", (30, 20), (90, 90, 90, 255))), 90),
     "animated gif": (encode(grey(90), "GIF", save_all=True, append_images=[grey(0)] * 3), 90),
-    "animated webp": (encode(grey(90), "WEBP", save_all=True, append_images=[grey(0)] * 3, lossless=True), 90),
+    "animated webp": (
+        encode(grey(90), "WEBP", save_all=True, append_images=[grey(0)] * 3, lossless=True),
+        90,
+    ),
     "animated png": (encode(grey(90), "PNG", save_all=True, append_images=[grey(0)] * 3), 90),
 }
 
@@ -318,20 +388,24 @@ IMAGES = {  # bytes of an image, and the grey value it is to be shown in
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_kind_of_image_becomes_rgb(name, recwarn):
     content, value = IMAGES[name]
-    image = data.decode_image(content)
+    image = files.read_picture(content)
     assert (image.mode, image.size) == ("RGB", (30, 20)) and not recwarn.list
     assert np.abs(np.array(image).astype(int) - value).max() <= 1
 
 
 def test_a_photograph_that_lies_on_its_side_is_put_upright():
     """EXIF orientation 6: the camera was turned; what is stored as the left edge belongs on top."""
-    stored = Image.fromarray(np.repeat(np.uint8([[250] * 8 + [20] * 24]), 16, 0)[..., None].repeat(3, 2))
+    stored = Image.fromarray(
+        np.repeat(np.uint8([[250] * 8 + [20] * 24]), 16, 0)[..., None].repeat(3, 2)
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = np.array(data.decode_image(encode(stored, "JPEG", exif=exif)))
+    upright = np.array(files.read_picture(encode(stored, "JPEG", exif=exif)))
     assert upright.shape == (32, 16, 3) and upright[:7].mean() > 230 and upright[9:].mean() < 40
-    plain = encode(stored, "JPEG", exif=exif.tobytes()[:-9] + b"\xff" * 9)  # a broken block is passed over
-    assert data.decode_image(plain).size == (32, 16)
+    plain = encode(
+        stored, "JPEG", exif=exif.tobytes()[:-9] + b"\xff" * 9
+    )  # a broken block is passed over
+    assert files.read_picture(plain).size == (32, 16)
 
 
 BAD_IMAGES = {
@@ -339,28 +413,43 @@ BAD_IMAGES = {
     "text": (b"<html>404</html>", "image"),
     "zeros": (bytes(1000), "image"),
     "cut jpeg": (jpeg(1, (200, 200))[:-2000], "image"),
-    "cut png": (encode(Image.fromarray(np.arange(30_000, dtype=np.uint8).reshape(100, 300)))[:-100], "image"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "image"),
+    "cut png": (
+        encode(Image.fromarray(np.arange(30_000, dtype=np.uint8).reshape(100, 300)))[:-100],
+        "image",
+    ),
+    "postscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        "image",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_bad_image_says_so(name, recwarn):
     with pytest.raises(data.BadSample) as bad:
-        data.decode_image(BAD_IMAGES[name][0])
-    assert bad.value.reason == BAD_IMAGES[name][1] and "\n" not in str(bad.value) and not recwarn.list
+        files.read_picture(BAD_IMAGES[name][0])
+    assert (
+        bad.value.reason == BAD_IMAGES[name][1] and "\n" not in str(bad.value) and not recwarn.list
+    )
 
 
-@pytest.mark.parametrize("side", [9_500, 20_000, 60_000])  # just above the limit, above twice the limit, far above
+@pytest.mark.parametrize(
+    "side", [9_500, 20_000, 60_000]
+)  # just above the limit, above twice the limit, far above
 def test_a_giant_image_is_refused_by_its_header(side, recwarn, monkeypatch):
     def ihdr(content):
-        return struct.pack(">I", 13) + b"IHDR" + content + struct.pack(">I", zlib.crc32(b"IHDR" + content))
+        return (
+            struct.pack(">I", 13)
+            + b"IHDR"
+            + content
+            + struct.pack(">I", zlib.crc32(b"IHDR" + content))
+        )
 
     giant = encode(grey(1))
     giant = giant[:8] + ihdr(struct.pack(">II", side, side) + giant[24:29]) + giant[33:]
     monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(data.BadSample) as bad:
-        data.decode_image(giant)
+        files.read_picture(giant)
     assert bad.value.reason == "size" and not recwarn.list
 
 
@@ -374,7 +463,7 @@ def test_no_damaged_image_brings_anything_but_a_bad_sample():
             damaged = np.frombuffer(content, dtype=np.uint8).copy()
             damaged[rng.integers(0, 120, 6)] = rng.integers(0, 256, 6)
             try:
-                assert data.decode_image(damaged.tobytes()).mode == "RGB"
+                assert files.read_picture(damaged.tobytes()).mode == "RGB"
             except data.BadSample as bad:
                 assert bad.reason in data.REASONS
 
@@ -411,12 +500,18 @@ def test_captions(content, from_json, caption):
 
 def test_bad_samples_are_replaced_in_a_fixed_way_and_counted_by_reason(tmp_path):
     members = (
-        pair(0, image=b"broken") + pair(1, "  ") + pair(2) + pair(3, "33") + [("4.jpg", jpeg(4)), ("4.json", b"{}")]
+        pair(0, image=b"broken")
+        + pair(1, "  ")
+        + pair(2)
+        + pair(3, "33")
+        + [("4.jpg", jpeg(4)), ("4.json", b"{}")]
     )
     members[5] = ("2.txt", b"\xff\xfe")
     pairs = dataset(write_tar(tmp_path / "x.tar", members))
     assert data.REASONS == ("shard", "image", "size", "caption")
-    for index, bad in enumerate([[0, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 3]]):
+    for index, bad in enumerate(
+        [[0, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 3]]
+    ):
         _, tokens, _, counts = pairs[(0, index)]
         assert tokens.tolist() == [33] and counts.tolist() == bad
     batch = next(iter(torch.utils.data.DataLoader(pairs, batch_sampler=[[(0, 0), (1, 4)]])))
@@ -433,7 +528,9 @@ def test_a_broken_stretch_is_left_at_once(tmp_path):
 
 def test_nothing_but_bad_samples_is_an_error_that_names_one(tmp_path):
     pairs = dataset(write_tar(tmp_path / "x.tar", pair("some/name", image=b"broken")))
-    with pytest.raises(data.DataError, match="x.tar: some/name.jpg: unreadable .image: Unidentified"):
+    with pytest.raises(
+        files.InputError, match="x.tar: some/name.jpg: unreadable .image: Unidentified"
+    ):
         pairs[(0, 0)]
 
 
@@ -448,10 +545,12 @@ def test_a_shard_that_vanishes_or_shrinks_gives_bad_samples(tmp_path):
 def test_too_many_bad_samples_stop_with_the_counts():
     data.too_many_bad([0, 100, 0, 0], 899, 0.05)  # too few to judge
     data.too_many_bad(torch.tensor([0, 60, 0, 40]), 900, 0.1)
-    with pytest.raises(data.DataError, match=r"101 of 1001 .*shard 0, image 60, size 1, caption 40.*--max-bad"):
+    with pytest.raises(
+        files.InputError, match=r"101 of 1001 .*shard 0, image 60, size 1, caption 40.*--max-bad"
+    ):
         data.too_many_bad(torch.tensor([0, 60, 1, 40]), 900, 0.1)
     data.too_many_bad([0, 500, 0, 0], 499, 0.1)
-    with pytest.raises(data.DataError):
+    with pytest.raises(files.InputError):
         data.too_many_bad([0, 500, 0, 0], 500, 0.1)  # bad ones count as seen
 
 
@@ -460,7 +559,9 @@ def test_the_training_transform_crops_flips_and_normalises():
     image = data.train_transform(16, gcl.CLIP_NORM, strong=False)(white)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)
     torch.testing.assert_close(image, ((1 - mean) / std).expand(3, 16, 16))
-    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    ramp = Image.fromarray(
+        np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    )
     torch.manual_seed(0)
     slopes = [
         (v[0, 8, -1] - v[0, 8, 0]).item() > 0
@@ -477,8 +578,8 @@ def die(item):
 
 
 def test_a_killed_worker_process_is_said(tmp_path):
-    with pytest.raises(data.DataError, match="scanning: one of 2 processes was killed"):
-        list(data.in_parallel(die, range(4), 2, "scanning"))
+    with pytest.raises(files.InputError, match="scanning: one of 2 processes was killed"):
+        list(files.in_parallel(die, range(4), 2, "scanning"))
 
 
 # ---- python data.py check ----
@@ -487,9 +588,13 @@ def test_a_killed_worker_process_is_said(tmp_path):
 def test_a_check_decodes_everything_and_says_what_is_wrong(tmp_path, capsys):
     good = make_shards(tmp_path / "good", shards=2, pairs=3)
     assert data.check_shards([good]) == 0
-    assert re.search(r"^good pairs +6  on average 40 x 36 pixels, 11 char", capsys.readouterr().out, re.M)
+    assert re.search(
+        r"^good pairs +6  on average 40 x 36 pixels, 11 char", capsys.readouterr().out, re.M
+    )
     members = pair("a") + pair("b", image=b"x") + pair("c", " ") + pair("d", image=b"y") + pair("a")
-    content = open(write_tar(tmp_path / "good/bad.tar", members + [("e.txt", b"half")]), "rb").read()
+    content = open(
+        write_tar(tmp_path / "good/bad.tar", members + [("e.txt", b"half")]), "rb"
+    ).read()
     (tmp_path / "good/cut.tar").write_bytes(content[:4000])
     (tmp_path / "good/no.tar").write_bytes(b"no tar" * 1000)
     assert data.check_shards([good]) == 1
@@ -525,7 +630,9 @@ def test_every_epoch_is_a_permutation():
     assert sum(where, []) == list(range(40))
     for epoch in range(4):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert flat[:10] != flat[10:20] and flat != sum(positions(data.GlobalOrder(10, 4, 10, seed=1))[1], [])
+    assert flat[:10] != flat[10:20] and flat != sum(
+        positions(data.GlobalOrder(10, 4, 10, seed=1))[1], []
+    )
 
 
 def test_an_epochs_order_takes_four_bytes_a_pair():
@@ -546,5 +653,8 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks):
 
 
 def test_resume_is_arithmetic():
-    whole, rest = list(data.GlobalOrder(7, 4, 9, seed=3)), data.GlobalOrder(7, 4, 9, seed=3, start=5)
+    whole, rest = (
+        list(data.GlobalOrder(7, 4, 9, seed=3)),
+        data.GlobalOrder(7, 4, 9, seed=3, start=5),
+    )
     assert list(rest) == whole[5:] and len(rest) == 4

@@ -16,8 +16,10 @@ from tiny import check_refused, make_clip, make_set, make_shards, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
+import backbone
+import benchmarks
 import evaluate
+import files
 import gcl
 import pamr
 import report
@@ -26,7 +28,14 @@ SMALL = ("--short-side", 32, "--window", 32, "--stride", 16, "--workers", 0)
 
 
 def options(**changes):
-    defaults = {"short_side": 32, "window": 32, "stride": 16, "precision": "fp32", "pamr": False, "method": "gcl"}
+    defaults = {
+        "short_side": 32,
+        "window": 32,
+        "stride": 16,
+        "precision": "fp32",
+        "pamr": False,
+        "method": "gcl",
+    }
     return argparse.Namespace(**defaults | {"kp_weight": 0.3} | changes)
 
 
@@ -39,7 +48,9 @@ def test_windows_are_the_golden_ones():
     for name, corners in cases.items():
         if name.startswith("windows"):
             height, width = map(int, name.split("_")[1].split("x"))
-            assert evaluate.windows(height, width, 448, 224) == [tuple(row) for row in corners.tolist()]
+            assert evaluate.windows(height, width, 448, 224) == [
+                tuple(row) for row in corners.tolist()
+            ]
 
 
 def test_windows_cover_every_pixel_and_never_leave_the_image():
@@ -87,8 +98,12 @@ class Brightness:
     recipe = gcl.RECIPES["paper"]
 
     def segment(self, images, text, refine, kp_weight):
-        ramp = torch.linspace(0, 1, images.shape[-1]).expand(images.shape[0], *images.shape[-2:])  # [n, h, w]
-        return torch.stack([images.mean(1).sigmoid(), ramp, images[:, 2].sigmoid() * 0.7], dim=1)  # [n, 3, h, w]
+        ramp = torch.linspace(0, 1, images.shape[-1]).expand(
+            images.shape[0], *images.shape[-2:]
+        )  # [n, h, w]
+        return torch.stack(
+            [images.mean(1).sigmoid(), ramp, images[:, 2].sigmoid() * 0.7], dim=1
+        )  # [n, 3, h, w]
 
 
 def test_masks_are_averaged_where_windows_overlap():
@@ -125,7 +140,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.found = max([self.found, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))])
+        self.found = max(
+            [self.found, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))]
+        )
         return result
 
 
@@ -152,7 +169,9 @@ def plain_iou(labels, predictions, n):
     result = []
     for k in range(n):
         hit = miss = false = 0
-        for label, prediction in zip(labels.ravel().tolist(), predictions.ravel().tolist(), strict=True):
+        for label, prediction in zip(
+            labels.ravel().tolist(), predictions.ravel().tolist(), strict=True
+        ):
             if label == 255:
                 continue
             hit += label == k and prediction == k
@@ -173,8 +192,12 @@ def test_miou_is_the_plain_loops():
     expected = plain_iou(labels, predictions, 7)
     assert evaluate.iou_per_class(matrix).tolist() == pytest.approx(expected, nan_ok=True)
     occurring = [v for v in expected if v == v]
-    assert len(occurring) == 6 and evaluate.mean_iou(matrix) == pytest.approx(sum(occurring) / 6, abs=1e-4)
-    assert evaluate.mean_iou(matrix, [1, 4]) == pytest.approx((expected[1] + expected[4]) / 2, abs=1e-4)
+    assert len(occurring) == 6 and evaluate.mean_iou(matrix) == pytest.approx(
+        sum(occurring) / 6, abs=1e-4
+    )
+    assert evaluate.mean_iou(matrix, [1, 4]) == pytest.approx(
+        (expected[1] + expected[4]) / 2, abs=1e-4
+    )
 
 
 # ---- the command line ----
@@ -215,11 +238,22 @@ def maskclip(world):
 
 def test_an_evaluation_writes_results_pictures_and_predictions(world, maskclip):
     results = json.loads((maskclip / "results.json").read_text())
-    assert list(results["datasets"]) == ["plain", "objects"] and results["settings"]["method"] == "maskclip"
+    assert (
+        list(results["datasets"]) == ["plain", "objects"]
+        and results["settings"]["method"] == "maskclip"
+    )
     plain, objects = results["datasets"].values()
     assert results["average"] == pytest.approx((plain["miou"] + objects["miou"]) / 2, abs=1e-3)
-    assert plain["images"] == 5 and list(plain["iou"]) == ["cat", "dog", "tree"] and plain["partial_miou"] is None
-    assert "sweep" not in plain and len(objects["sweep"]) == 19 and objects["sweep"]["0.50"] == objects["miou"]
+    assert (
+        plain["images"] == 5
+        and list(plain["iou"]) == ["cat", "dog", "tree"]
+        and plain["partial_miou"] is None
+    )
+    assert (
+        "sweep" not in plain
+        and len(objects["sweep"]) == 19
+        and objects["sweep"]["0.50"] == objects["miou"]
+    )
     assert results["settings"]["unified_protocol"] is False
     assert results["partial"] is plain["partial"] is objects["partial"] is False
     assert results["settings"]["clip"]["model"] == world["clip"][1]
@@ -234,36 +268,58 @@ def test_an_evaluation_writes_results_pictures_and_predictions(world, maskclip):
 def test_the_result_is_that_of_the_saved_predictions(world, maskclip):
     """An independent score: the plain loop over the PNGs that were written."""
     for name in ("plain", "objects"):
-        found = data.read_spec(world[name])
+        found = benchmarks.read_spec(world[name])
         labels, predictions = [], []
         for image_id, _, label, lut in found.items:
-            labels.append(data.read_label(label, lut).ravel())
-            predictions.append(np.array(Image.open(maskclip / "predictions" / name / f"{image_id}.png")).ravel())
-        expected = plain_iou(np.concatenate(labels), np.concatenate(predictions), len(found.classes))
+            labels.append(benchmarks.read_label(label, lut).ravel())
+            predictions.append(
+                np.array(Image.open(maskclip / "predictions" / name / f"{image_id}.png")).ravel()
+            )
+        expected = plain_iou(
+            np.concatenate(labels), np.concatenate(predictions), len(found.classes)
+        )
         iou = json.loads((maskclip / "results.json").read_text())["datasets"][name]["iou"]
         assert list(iou.values()) == pytest.approx(expected, abs=1e-3)
 
 
 def test_predictions_can_be_scored_again_without_a_model(world, maskclip, tmp_path):
     again = run(
-        *("evaluate.py", "--datasets", world["plain"], world["objects"], "--out", tmp_path, "--workers", 0),
+        *(
+            "evaluate.py",
+            "--datasets",
+            world["plain"],
+            world["objects"],
+            "--out",
+            tmp_path,
+            "--workers",
+            0,
+        ),
         *("--predictions", maskclip / "predictions"),
     )
     assert again.returncode == 0, again.stderr
-    first, second = (json.loads((d / "results.json").read_text())["datasets"] for d in (maskclip, tmp_path))
+    first, second = (
+        json.loads((d / "results.json").read_text())["datasets"] for d in (maskclip, tmp_path)
+    )
     for name in first:
-        assert first[name]["iou"] == second[name]["iou"] and first[name]["miou"] == second[name]["miou"]
+        assert (
+            first[name]["iou"] == second[name]["iou"]
+            and first[name]["miou"] == second[name]["miou"]
+        )
 
 
 def matrices_of(rank, spec, predictions, clip, ranks):
     """The confusion matrices that a rank holds before and after the ranks meet."""
-    found, evaluate_summary, seen = data.read_spec(spec), evaluate.summary, []
+    found, evaluate_summary, seen = benchmarks.read_spec(spec), evaluate.summary, []
     found.full = len(found)
     arguments = ["--datasets", spec, "--workers", "0", "--no-pamr", *map(str, SMALL)]
-    arguments += ["--predictions", predictions] if predictions else ["--method", "sclip", "--sweep-threshold"]
+    arguments += (
+        ["--predictions", predictions]
+        if predictions
+        else ["--method", "sclip", "--sweep-threshold"]
+    )
     args = evaluate.parse_args(arguments)
     net = None if predictions else gcl.GCL(gcl.load_clip(*clip)[0]).eval()
-    tokenizer = net and gcl.tokenizer_of(net.clip)
+    tokenizer = net and backbone.tokenizer_of(net.clip)
     evaluate.summary = lambda dataset, matrices, *rest: (
         seen.append(matrices) or evaluate_summary(dataset, matrices, *rest)
     )
@@ -281,7 +337,9 @@ def test_the_confusion_matrix_is_the_same_to_the_bit(world, tmp_path, ranks):
     clip = world["clip"][1::2]
     one = matrices_of(0, spec, None, clip, 1)
     assert one.dtype == torch.int64 and one.shape == (20, 4, 4)
-    assert one.sum((1, 2)).tolist() == [40 * 30 + 32 * 46] * 20  # every pixel that is not ignored, once
+    assert (
+        one.sum((1, 2)).tolist() == [40 * 30 + 32 * 46] * 20
+    )  # every pixel that is not ignored, once
     assert len({tuple(m.flatten().tolist()) for m in one}) > 3  # the sweep changes something
     for many in run_ranks(matrices_of, spec, None, clip, ranks, ranks=ranks):
         assert many.dtype == torch.int64 and torch.equal(many, one)
@@ -292,10 +350,22 @@ def test_the_failure_of_one_rank_is_said_once_and_ends_all(world, tmp_path):
     spec = make_set(tmp_path / "cut", n=4)
     image = tmp_path / "cut/images/3.png"
     image.write_bytes(image.read_bytes()[:200])
-    options = ("--method", "maskclip", *world["clip"], *SMALL, "--no-pamr", "--out", tmp_path / "out")
+    options = (
+        "--method",
+        "maskclip",
+        *world["clip"],
+        *SMALL,
+        "--no-pamr",
+        "--out",
+        tmp_path / "out",
+    )
     result = run("evaluate.py", "--datasets", spec, *options, "--device", "cpu", ranks=2)
     assert result.returncode == 1
-    named = [line for line in result.stderr.splitlines() if "images/3.png: not an image that can be read" in line]
+    named = [
+        line
+        for line in result.stderr.splitlines()
+        if "images/3.png: not an image that can be read" in line
+    ]
     assert len(named) == 1 and "error: /" in named[0] and not list((tmp_path / "out").iterdir())
 
 
@@ -304,8 +374,16 @@ def test_what_cannot_be_read_is_named_and_stops_the_run(world, tmp_path, broken)
     spec = make_set(tmp_path / "cut", n=2)
     file = tmp_path / "cut" / broken
     file.write_bytes(file.read_bytes()[:80])
-    arguments = ["--datasets", spec, "--method", "maskclip", *world["clip"], *map(str, SMALL), "--no-pamr"]
-    with pytest.raises(data.DataError, match=f"{broken}: not a.* that can be read"):
+    arguments = [
+        "--datasets",
+        spec,
+        "--method",
+        "maskclip",
+        *world["clip"],
+        *map(str, SMALL),
+        "--no-pamr",
+    ]
+    with pytest.raises(files.InputError, match=f"{broken}: not a.* that can be read"):
         evaluate.main(evaluate.parse_args([*arguments, "--out", str(tmp_path / "out")]))
     assert not (tmp_path / "out/results.json").exists()
 
@@ -313,7 +391,10 @@ def test_what_cannot_be_read_is_named_and_stops_the_run(world, tmp_path, broken)
 @pytest.mark.parametrize(
     ("prediction", "words"),
     [
-        (np.zeros((32, 41), np.uint8), r"0.png: the prediction is \(32, 41\), the label \(32, 40\)"),
+        (
+            np.zeros((32, 41), np.uint8),
+            r"0.png: the prediction is \(32, 41\), the label \(32, 40\)",
+        ),
         (np.full((32, 40), 3, np.uint8), "0.png: label value 3 is outside the class list"),
         (np.full((32, 40), 255, np.uint8), "0.png: label value 255 is outside the class list"),
         (np.zeros((32, 40, 3), np.uint8), "0.png: stored as RGB"),
@@ -325,8 +406,15 @@ def test_a_prediction_that_does_not_fit_is_named(tmp_path, prediction, words):
     (tmp_path / "plain/predictions/plain").mkdir(parents=True)
     if prediction is not None:
         Image.fromarray(prediction).save(tmp_path / "plain/predictions/plain/0.png")
-    arguments = ["--datasets", spec, "--predictions", str(tmp_path / "plain/predictions"), "--workers", "0"]
-    with pytest.raises(data.DataError, match=words):
+    arguments = [
+        "--datasets",
+        spec,
+        "--predictions",
+        str(tmp_path / "plain/predictions"),
+        "--workers",
+        "0",
+    ]
+    with pytest.raises(files.InputError, match=words):
         evaluate.main(evaluate.parse_args([*arguments, "--out", str(tmp_path / "out")]))
 
 
@@ -341,11 +429,20 @@ def make_cityscapes(root, n=3):
             Image.fromarray(rng.integers(0, high, shape, dtype=np.uint8)).save(path)
 
 
-def test_a_partial_benchmark_is_marked_everywhere_and_scored_again_the_same(world, tmp_path, capsys, monkeypatch):
+def test_a_partial_benchmark_is_marked_everywhere_and_scored_again_the_same(
+    world, tmp_path, capsys, monkeypatch
+):
     """Three images of Cityscapes alone under --all --available; saved and scored with every way to a model shut."""
     make_cityscapes(tmp_path / "data")
     common = ["--all", "--available", "--data-root", str(tmp_path / "data"), "--workers", "0"]
-    first = ["--method", "clearclip", *world["clip"], *map(str, SMALL), "--no-pamr", "--save-predictions"]
+    first = [
+        "--method",
+        "clearclip",
+        *world["clip"],
+        *map(str, SMALL),
+        "--no-pamr",
+        "--save-predictions",
+    ]
     evaluate.main(evaluate.parse_args([*common, *first, "--out", str(tmp_path / "first")]))
     said = capsys.readouterr()
     assert "(partial: 3 of 500 images)" in said.out and said.out.strip().endswith("(partial)")
@@ -381,7 +478,7 @@ def test_templates_may_come_from_a_file(tmp_path):
     assert evaluate.read_templates(str(file)) == ["a {} at sea.", "one {}."]
     for wrong in ("no name here\n", "", "{} and {}\n"):
         file.write_text(wrong)
-        with pytest.raises(data.DataError, match="needs one prompt per line"):
+        with pytest.raises(files.InputError, match="needs one prompt per line"):
             evaluate.read_templates(str(file))
 
 
@@ -403,7 +500,9 @@ def test_any_number_of_processes_gives_the_same_result(world, maskclip, tmp_path
         ranks=ranks,
     )
     assert result.returncode == 0, result.stderr
-    one, many = (json.loads((d / "results.json").read_text())["datasets"] for d in (maskclip, tmp_path))
+    one, many = (
+        json.loads((d / "results.json").read_text())["datasets"] for d in (maskclip, tmp_path)
+    )
     for name in one:
         assert one[name] | {"seconds": 0} == many[name] | {"seconds": 0}
 
@@ -415,15 +514,28 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path):
         net.b += 1.0
     net.save(tmp_path / "net.pt")
     result = run(
-        *("evaluate.py", "--datasets", world["objects"], "--checkpoint", tmp_path / "net.pt", *SMALL),
+        *(
+            "evaluate.py",
+            "--datasets",
+            world["objects"],
+            "--checkpoint",
+            tmp_path / "net.pt",
+            *SMALL,
+        ),
         *("--limit", 2, "--out", tmp_path / "out"),
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "out/results.json").read_text())["datasets"]["objects"]["images"] == 2
+    assert (
+        json.loads((tmp_path / "out/results.json").read_text())["datasets"]["objects"]["images"]
+        == 2
+    )
     entry = json.loads((tmp_path / "out/results.json").read_text())
     assert entry["partial"] is entry["datasets"]["objects"]["partial"] is True
     assert "(partial: 2 of 4 images)" in result.stdout and "(partial)" in result.stdout
-    assert "**Partial**: only some of the images of objects" in (tmp_path / "out/results.md").read_text()
+    assert (
+        "**Partial**: only some of the images of objects"
+        in (tmp_path / "out/results.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -435,10 +547,16 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path):
         (["--datasets", "voc", "--limit", "0"], "must be positive"),
         (["--datasets", "voc", "--kp-weight", "2"], "--kp-weight between 0 and 1"),
         (["--datasets", "voc", "--out", __file__], "is a file, not a folder"),
-        (["--datasets", "voc", "--method", "maskclip", "--stride", "500"], "--stride must be at most --window"),
+        (
+            ["--datasets", "voc", "--method", "maskclip", "--stride", "500"],
+            "--stride must be at most --window",
+        ),
         (["--all", "--method", "maskclipp"], "invalid choice"),
         (["--all", "--method", "maskclip", "--checkpoint", "x.pt"], "--checkpoint goes with"),
-        (["--datasets", "voc", "--method", "maskclip", "--available"], "--available goes with --all"),
+        (
+            ["--datasets", "voc", "--method", "maskclip", "--available"],
+            "--available goes with --all",
+        ),
         (["--method", "maskclip"], "one of the arguments --all --datasets is required"),
     ],
 )
@@ -453,19 +571,33 @@ def test_wrong_data_is_explained(world, tmp_path, monkeypatch):
     refuse = [
         (("--datasets", "ade20", "--method", "maskclip"), "did you mean ade20k"),
         (("--datasets", plain), "runs/gcl/last.pt: no such file; train first"),
-        (("--datasets", plain, "--method", "maskclip", *clip, "--device", "gpu"), "--device gpu: no such device"),
-        (("--datasets", plain, "--method", "maskclip", *clip, "--device", "cuda"), "--device cuda: GPU 0 is asked for"),
+        (
+            ("--datasets", plain, "--method", "maskclip", *clip, "--device", "gpu"),
+            "--device gpu: no such device",
+        ),
+        (
+            ("--datasets", plain, "--method", "maskclip", *clip, "--device", "cuda"),
+            "--device cuda: GPU 0 is asked for",
+        ),
         (("--datasets", plain, plain, "--method", "maskclip", *clip), "the same name"),
-        (("--datasets", plain, "--method", "maskclip", *clip, "--templates", "shout"), "no such file"),
-        (("--datasets", plain, "--predictions", tmp_path), "0.png: this prediction is missing (5 of 5 are)"),
+        (
+            ("--datasets", plain, "--method", "maskclip", *clip, "--templates", "shout"),
+            "no such file",
+        ),
+        (
+            ("--datasets", plain, "--predictions", tmp_path),
+            "0.png: this prediction is missing (5 of 5 are)",
+        ),
     ]
     monkeypatch.chdir(tmp_path)
     for args, words in refuse:
         command = [str(a) for a in (*args, "--workers", 0, "--out", tmp_path / "out")]
-        with pytest.raises((data.DataError, gcl.CheckpointError), match=re.escape(words)) as refusal:
+        with pytest.raises(files.InputError, match=re.escape(words)) as refusal:
             evaluate.main(evaluate.parse_args(command))
         assert "\n" not in str(refusal.value)
-    check_refused(run("evaluate.py", *refuse[0][0], "--out", tmp_path / "out"), 1, refuse[0][1])  # as people see it
+    check_refused(
+        run("evaluate.py", *refuse[0][0], "--out", tmp_path / "out"), 1, refuse[0][1]
+    )  # as people see it
     assert not (tmp_path / "out").exists()
 
 
@@ -474,8 +606,12 @@ def test_all_lists_every_missing_benchmark_at_once(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for needle in ("VOC2012", "VOC2010", "coco_stuff164k", "cityscapes", "ADEChallengeData2016"):
         assert needle in result.stderr
-    lines = result.stderr.strip().splitlines()[-9:]  # one message: a head, then a line for each benchmark
-    assert lines[0] == "error: 8 of 8 sets cannot be read:" and all(line.startswith("       ") for line in lines[1:])
+    lines = result.stderr.strip().splitlines()[
+        -9:
+    ]  # one message: a head, then a line for each benchmark
+    assert lines[0] == "error: 8 of 8 sets cannot be read:" and all(
+        line.startswith("       ") for line in lines[1:]
+    )
 
 
 def test_a_checkpoint_of_another_clip_is_named(world, tmp_path):
@@ -483,7 +619,15 @@ def test_a_checkpoint_of_another_clip_is_named(world, tmp_path):
     gcl.GCL(clip).save(tmp_path / "net.pt")
     other = make_clip(tmp_path / "other", width=48)
     result = run(
-        *("evaluate.py", "--datasets", world["plain"], "--checkpoint", tmp_path / "net.pt", "--workers", 0),
+        *(
+            "evaluate.py",
+            "--datasets",
+            world["plain"],
+            "--checkpoint",
+            tmp_path / "net.pt",
+            "--workers",
+            0,
+        ),
         *("--model", other[0], "--pretrained", other[1], "--out", tmp_path / "out"),
     )
     check_refused(result, 1, "adapter.stages.0.1", "(32,)", "(48,)")
@@ -492,7 +636,16 @@ def test_a_checkpoint_of_another_clip_is_named(world, tmp_path):
 def test_one_image_of_another_size_than_its_label_stops_before_any_work(world, tmp_path):
     spec = make_set(tmp_path / "odd")
     Image.new("L", (7, 9)).save(tmp_path / "odd/labels/3.png")
-    result = run("evaluate.py", "--datasets", spec, "--method", "maskclip", *world["clip"], "--out", tmp_path / "out")
+    result = run(
+        "evaluate.py",
+        "--datasets",
+        spec,
+        "--method",
+        "maskclip",
+        *world["clip"],
+        "--out",
+        tmp_path / "out",
+    )
     check_refused(result, 1, "images/3.png", "7x9")
 
 
@@ -503,14 +656,14 @@ def test_the_paper_rows_are_the_papers():
     tables = json.loads((GOLDEN / "paper_tables.json").read_text())
     rows = {name.replace("†", "-dagger"): list(row) for name, row in report.TABLE_1.items()}
     assert rows == tables["table1"]
-    assert list(report.COLUMNS) == tables["datasets"] == list(data.BENCHMARKS)
+    assert list(report.COLUMNS) == tables["datasets"] == list(benchmarks.BENCHMARKS)
 
 
 def test_classes_that_do_not_occur_give_no_number():
     assert evaluate.mean_iou(torch.zeros(3, 3, dtype=torch.int64)) is None
     matrix = torch.diag(torch.tensor([5, 0, 0]))
     assert evaluate.mean_iou(matrix) == 100 and evaluate.mean_iou(matrix, [1, 2]) is None
-    found = data.SegmentationSet("voc20", ["a", "b", "c"], False, [None] * 4, [], 9, ("b",))
+    found = benchmarks.SegmentationSet("voc20", ["a", "b", "c"], False, [None] * 4, [], 9, ("b",))
     result = evaluate.summary(found, matrix[None], False, 1.0)
     assert result["partial_miou"] is None and result["iou"] == {"a": 100.0, "b": None, "c": None}
     json.loads(json.dumps(result, allow_nan=False))
@@ -520,7 +673,10 @@ def test_only_the_protocols_own_settings_are_the_protocol():
     clip = argparse.Namespace(clip=argparse.Namespace(source={}))
     whole = ["--datasets", "voc"]
     for extra in ([], ["--no-pamr"], ["--pamr"]):
-        assert evaluate.settings_of(evaluate.parse_args(whole + extra), clip)["unified_protocol"] is True
+        assert (
+            evaluate.settings_of(evaluate.parse_args(whole + extra), clip)["unified_protocol"]
+            is True
+        )
     for extra in (
         "--stride 112",
         "--window 336 --stride 168",
@@ -536,16 +692,22 @@ def test_a_run_on_a_benchmark_stands_beside_the_paper():
     one = {"miou": 51.2, "images": 1449, "full": 1449, "iou": {"cat": 3.0}, "partial_miou": None}
     settings = {"method": "gcl", "predictions": None, "unified_protocol": True}
     text = report.markdown({"average": 51.2, "settings": settings, "datasets": {"voc": one}})
-    assert "| GCL | 55.0 | 30.4 |" in text and "| **this run** | 51.2 |  |" in text and "Partial" not in text
-    part = report.markdown({"average": 51.2, "settings": settings, "datasets": {"voc": one | {"images": 7}}})
+    assert (
+        "| GCL | 55.0 | 30.4 |" in text
+        and "| **this run** | 51.2 |  |" in text
+        and "Partial" not in text
+    )
+    part = report.markdown(
+        {"average": 51.2, "settings": settings, "datasets": {"voc": one | {"images": 7}}}
+    )
     assert "**Partial**" in part and "51.2 (partial)" in part
 
 
 def test_shards_are_not_a_labelled_set(tmp_path):
     make_shards(tmp_path, shards=1, pairs=1)
     (tmp_path / "SPEC.json").write_text('["not", "a", "spec"]')
-    with pytest.raises(data.DataError, match="needs the fields"):
-        data.read_spec(str(tmp_path / "SPEC.json"))
+    with pytest.raises(files.InputError, match="needs the fields"):
+        benchmarks.read_spec(str(tmp_path / "SPEC.json"))
 
 
 def test_masks_stay_in_float32_under_autocast(world, monkeypatch):

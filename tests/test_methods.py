@@ -13,6 +13,7 @@ from conftest import assert_close
 from PIL import Image
 from tiny import CONFIG, make_clip, make_set
 
+import backbone
 import evaluate
 import gcl
 
@@ -24,7 +25,7 @@ def net():
     """A GCL in float64 around a random CLIP of two heads whose LayerScale and norms have moved too."""
     torch.manual_seed(3)
     config = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"ls_init_value": 0.7}}
-    clip = gcl.build_clip(config)
+    clip = backbone.build_clip(config)
     with torch.no_grad():
         for p in clip.visual.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -38,7 +39,9 @@ def images():
 
 @pytest.fixture(scope="module")
 def text():
-    return F.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(5)).double(), dim=-1)
+    return F.normalize(
+        torch.randn(5, 24, generator=torch.Generator().manual_seed(5)).double(), dim=-1
+    )
 
 
 # ---- oracles: one head, one row, one pair at a time ----
@@ -95,7 +98,9 @@ def plain_block(block, x, method):
 def plain_cosine(visual, patches, text):
     """Cosines [K, L] of texts and patches [L, D] through ln_post and the projection."""
     v = visual.ln_post(patches) @ visual.proj
-    return torch.tensor([[float(t @ row) / float(row.norm()) for row in v] for t in text], dtype=torch.float64)
+    return torch.tensor(
+        [[float(t @ row) / float(row.norm()) for row in v] for t in text], dtype=torch.float64
+    )
 
 
 def plain_refined(cosine, keys):
@@ -104,7 +109,10 @@ def plain_refined(cosine, keys):
     p = [softmax([100 * float(cosine[c, i]) for c in classes]) for i in patches]
     kept = [c for c in classes if any(p[i][c] >= 0.5 for i in patches)] or list(classes)
     masks = torch.zeros(cosine.shape, dtype=torch.float64)
-    p = [dict(zip(kept, softmax([100 * float(cosine[c, i]) for c in kept]), strict=True)) for i in patches]
+    p = [
+        dict(zip(kept, softmax([100 * float(cosine[c, i]) for c in kept]), strict=True))
+        for i in patches
+    ]
     for i in patches:
         near = [float(keys[i] @ keys[j]) / float(keys[i].norm() * keys[j].norm()) for j in patches]
         near = [max(value, 0.0) for value in near]
@@ -118,10 +126,13 @@ def plain_refined(cosine, keys):
 # ---- the last block ----
 
 
-@pytest.mark.parametrize("method", gcl.METHODS)
+@pytest.mark.parametrize("method", backbone.METHODS)
 def test_the_last_block_is_the_plain_loops(net, images, method):
-    tokens, block = net.trunk(images), net.clip.visual.transformer.resblocks[-1]
-    features, keys = gcl.last_block(block, tokens, GRID, method)
+    tokens, block = (
+        backbone.trunk(net.clip.visual, images),
+        net.clip.visual.transformer.resblocks[-1],
+    )
+    features, keys = backbone.last_block(block, tokens, GRID, method)
     for b, x in enumerate(tokens):
         patches, plain_keys = plain_block(block, x, method)
         assert_close(features[b].flatten(1).T, patches, rtol=1e-6, atol=1e-6)
@@ -129,17 +140,22 @@ def test_the_last_block_is_the_plain_loops(net, images, method):
 
 
 def test_clip_is_open_clips_own_block_and_maskclip_the_dense_features(net, images):
-    tokens, block = net.trunk(images), net.clip.visual.transformer.resblocks[-1]
+    tokens, block = (
+        backbone.trunk(net.clip.visual, images),
+        net.clip.visual.transformer.resblocks[-1],
+    )
     assert isinstance(block.attn, torch.nn.MultiheadAttention)
     own = block(tokens)[:, 1:].transpose(1, 2).unflatten(2, GRID)
-    assert_close(gcl.last_block(block, tokens, GRID, "clip")[0], own, rtol=1e-10, atol=1e-10)
+    assert_close(backbone.last_block(block, tokens, GRID, "clip")[0], own, rtol=1e-10, atol=1e-10)
     for method in ("maskclip", "maskclip-refined"):
-        features, _ = gcl.last_block(block, tokens, GRID, method)
-        assert_close(features, net.dense_features(tokens, GRID), rtol=1e-10, atol=1e-10)
+        features, _ = backbone.last_block(block, tokens, GRID, method)
+        assert_close(
+            features, backbone.dense_features(net.last_block, tokens, GRID), rtol=1e-10, atol=1e-10
+        )
 
 
 def test_omega_falls_with_the_distance_in_patches_and_is_zero_for_cls():
-    bias = gcl.nearness(GRID)
+    bias = backbone.nearness(GRID)
     assert bias.shape == (13, 13)
     assert_close(bias, [[omega(i, j) for j in range(13)] for i in range(13)], rtol=1e-6, atol=1e-7)
 
@@ -147,15 +163,21 @@ def test_omega_falls_with_the_distance_in_patches_and_is_zero_for_cls():
 # ---- masks ----
 
 
-@pytest.mark.parametrize("method", gcl.METHODS)
+@pytest.mark.parametrize("method", backbone.METHODS)
 def test_masks_are_the_plain_ones_at_the_images_size(net, images, text, method):
     visual = net.clip.visual
     masks = net.segment_clip(images, text, method)
-    for b, x in enumerate(net.trunk(images)):
+    for b, x in enumerate(backbone.trunk(net.clip.visual, images)):
         patches, keys = plain_block(visual.transformer.resblocks[-1], x, method)
         cosine = plain_cosine(visual, patches, text)
-        plain = plain_refined(cosine, keys) if "refined" in method else 1 / (1 + torch.exp(-10 * (cosine - 0.25)))
-        plain = F.interpolate(plain.view(1, 5, *GRID), scale_factor=4, mode="bilinear", align_corners=False)
+        plain = (
+            plain_refined(cosine, keys)
+            if "refined" in method
+            else 1 / (1 + torch.exp(-10 * (cosine - 0.25)))
+        )
+        plain = F.interpolate(
+            plain.view(1, 5, *GRID), scale_factor=4, mode="bilinear", align_corners=False
+        )
         plain = F.interpolate(plain, (24, 32), mode="bilinear", align_corners=False)
         assert_close(masks[b], plain[0], rtol=1e-5, atol=1e-6)
 
@@ -163,55 +185,74 @@ def test_masks_are_the_plain_ones_at_the_images_size(net, images, text, method):
 @pytest.mark.parametrize(("spread", "kept"), [(0.02, 2), (0.0001, 4)])
 def test_refinement_removes_what_is_sure_nowhere_and_smooths_by_keys(spread, kept):
     """Two of four classes reach p = 0.5 somewhere; or none does, and then none is removed."""
-    cosine = 0.2 + spread * torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)).double()
+    cosine = (
+        0.2 + spread * torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)).double()
+    )
     if kept == 2:
         cosine[:, 2:] -= 0.04  # never sure
         cosine[:, 0, 0, 0] += 0.1
         cosine[:, 1, 2, 3] += 0.1
     keys = torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(2)).double() + 0.3
-    masks = gcl.maskclip_refined(cosine, keys)
-    assert_close(masks[0].flatten(1), plain_refined(cosine[0].flatten(1), keys[0]), rtol=1e-9, atol=1e-9)
+    masks = backbone.maskclip_refined(cosine, keys)
+    assert_close(
+        masks[0].flatten(1), plain_refined(cosine[0].flatten(1), keys[0]), rtol=1e-9, atol=1e-9
+    )
     assert (masks.amax((0, 2, 3)) > 0).tolist() == [True] * kept + [False] * (4 - kept)
     k = F.normalize(keys[0], dim=-1)
     assert (k @ k.T).min() < 0  # a weight that must not count
     best = torch.sigmoid(10 * (cosine[:, :kept] - 0.25)).amax(1)
-    assert_close(masks.amax(1), best, rtol=1e-9, atol=1e-9)  # so the background channel meets MaskCLIP's own values
+    assert_close(
+        masks.amax(1), best, rtol=1e-9, atol=1e-9
+    )  # so the background channel meets MaskCLIP's own values
 
 
 def test_equal_keys_give_every_patch_the_mean_and_each_image_is_its_own():
     cosine = 0.2 + 0.02 * torch.randn(2, 3, *GRID).double()
-    masks = gcl.maskclip_refined(cosine, torch.ones(2, 12, 6).double())
+    masks = backbone.maskclip_refined(cosine, torch.ones(2, 12, 6).double())
     assert (masks.argmax(1).flatten(1) == masks.argmax(1).flatten(1)[:, :1]).all()
     keys = torch.randn(2, 12, 6).double()
-    whole = gcl.maskclip_refined(cosine, keys)
+    whole = backbone.maskclip_refined(cosine, keys)
     for b in range(2):
-        assert_close(gcl.maskclip_refined(cosine[b : b + 1], keys[b : b + 1])[0], whole[b], rtol=1e-9, atol=1e-9)
+        assert_close(
+            backbone.maskclip_refined(cosine[b : b + 1], keys[b : b + 1])[0],
+            whole[b],
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
-@pytest.mark.parametrize("method", gcl.METHODS)
+@pytest.mark.parametrize("method", backbone.METHODS)
 def test_any_image_size_under_autocast_and_refined_at_the_masks_grid(net, text, method):
-    net, seen = gcl.GCL(gcl.build_clip(CONFIG)), []
+    net, seen = gcl.GCL(backbone.build_clip(CONFIG)), []
     image, text = torch.randn(1, 3, 21, 37), text.float()  # padded to 3 x 5 patches
-    masks = net.segment_clip(image, text, method, lambda image, mask: seen.append((image, mask)) or 0.5 * mask)
+    masks = net.segment_clip(
+        image, text, method, lambda image, mask: seen.append((image, mask)) or 0.5 * mask
+    )
     assert masks.shape == (1, 5, 21, 37) and 0 <= masks.min() and masks.max() <= 0.5
     assert seen[0][0].shape == (1, 3, 12, 20) and seen[0][1].shape == (1, 5, 12, 20)
     with torch.autocast("cpu", torch.bfloat16):
-        half = net.segment_clip(image, text, method, lambda image, mask: seen.append((image, mask)) or 0.5 * mask)
+        half = net.segment_clip(
+            image, text, method, lambda image, mask: seen.append((image, mask)) or 0.5 * mask
+        )
     assert half.dtype == seen[1][1].dtype == torch.float32
     if method != "maskclip-refined":  # whose softmax of 100 cos turns a rounding into another class
         assert_close(half, masks, rtol=0.1, atol=0.05)
 
 
 def test_an_unknown_method_is_named(net, images, text):
-    with pytest.raises(ValueError, match="unknown method 'maskclipp'; choose from clip, maskclip, maskclip-refined"):
+    with pytest.raises(
+        ValueError, match="unknown method 'maskclipp'; choose from clip, maskclip, maskclip-refined"
+    ):
         net.segment_clip(images, text, "maskclipp")
 
 
 # ---- under the protocol ----
 
 
-@pytest.mark.parametrize("method", gcl.METHODS)
-def test_every_method_runs_under_the_one_protocol_without_a_checkpoint(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method", backbone.METHODS)
+def test_every_method_runs_under_the_one_protocol_without_a_checkpoint(
+    tmp_path, monkeypatch, method
+):
     model, pretrained = make_clip(tmp_path / "clip")
     spec = make_set(tmp_path / "set", n=2, background=True)
     seen, original = [], gcl.GCL.segment_clip
@@ -221,12 +262,33 @@ def test_every_method_runs_under_the_one_protocol_without_a_checkpoint(tmp_path,
         return original(self, images, text, method, refine)
 
     monkeypatch.setattr(gcl.GCL, "segment_clip", record)
-    arguments = ["--datasets", spec, "--method", method, "--model", model, "--pretrained", pretrained]
-    arguments += ["--workers", "0", "--save-predictions", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    arguments = [
+        "--datasets",
+        spec,
+        "--method",
+        method,
+        "--model",
+        model,
+        "--pretrained",
+        pretrained,
+    ]
+    arguments += [
+        "--workers",
+        "0",
+        "--save-predictions",
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     evaluate.main(evaluate.parse_args(arguments))
     results = json.loads((tmp_path / "out/results.json").read_text())
     settings = results["settings"]
-    assert settings["method"] == method and settings["unified_protocol"] is True and settings["bg_threshold"] == 0.4
+    assert (
+        settings["method"] == method
+        and settings["unified_protocol"] is True
+        and settings["bg_threshold"] == 0.4
+    )
     assert "kp_weight" not in settings and settings["checkpoint"] is None
     # 40 x 32 pixels become 560 x 448: two windows; 32 x 48 become 448 x 672
     assert [(name, shape) for name, _, shape in seen] == [(method, (2, 3, 448, 448))] * 2

@@ -27,14 +27,21 @@ WIDE = os.environ | {"COLUMNS": "200"}  # help texts on one line
 
 def imported(path):
     tree = ast.parse(path.read_text())
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in names}
 
 
 def test_each_equation_stands_once_in_the_code_and_once_in_the_tests():
     for files in (CODE, TESTS):
-        found = re.findall(r"Eq\. \((\d+)\)", "".join(path.read_text() for path in files if path != Path(__file__)))
+        found = re.findall(
+            r"Eq\. \((\d+)\)", "".join(path.read_text() for path in files if path != Path(__file__))
+        )
         assert sorted(map(int, found)) == list(range(1, 15))
 
 
@@ -50,8 +57,12 @@ def test_every_reshape_einsum_and_gather_carries_its_shape(name):
             calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
             if RESHAPES & {f.attr for f in calls if isinstance(f, ast.Attribute)}:
                 seen += 1
-                comments = [line.partition("#")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
-                assert any("[" in comment for comment in comments), f"{name}.py:{node.lineno}: no shape"
+                comments = [
+                    line.partition("#")[2] for line in lines[node.lineno - 1 : node.end_lineno]
+                ]
+                assert any("[" in comment for comment in comments), (
+                    f"{name}.py:{node.lineno}: no shape"
+                )
     assert seen
 
 
@@ -62,13 +73,17 @@ def test_files_import_what_they_may():
         "pamr": {"torch", "warnings"},
         "gcl": {"ops", "adapter", "open_clip", "torch"} | set(sys.stdlib_module_names),
     }
-    packages = {"torch", "torchvision", "open_clip", "numpy", "PIL", "tqdm"} | set(sys.stdlib_module_names)
+    packages = {"torch", "torchvision", "open_clip", "numpy", "PIL", "tqdm"} | set(
+        sys.stdlib_module_names
+    )
     for path in CODE:
         found = imported(path)
         assert found <= allowed.get(path.stem, packages | OWN), path.name
         assert "train" not in found, f"{path.name} must not import train.py"
     assert not imported(ROOT / "data.py") & OWN and not imported(ROOT / "report.py") & OWN
-    names = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    names = {
+        re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()
+    }
     assert names == {"torch", "torchvision", "open_clip_torch", "numpy", "pillow", "tqdm", "pytest"}
 
 
@@ -80,7 +95,12 @@ def test_files_open_with_their_license_and_a_docstring():
     assert "MIT License" in (ROOT / "LICENSE").read_text()
 
 
-COPIES = {"ops": [], "adapter": [], "pamr": [], "gcl": ["ops", "adapter"]}  # file: what it needs beside it
+COPIES = {
+    "ops": [],
+    "adapter": [],
+    "pamr": [],
+    "gcl": ["ops", "adapter"],
+}  # file: what it needs beside it
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -99,11 +119,15 @@ print(doctest.testmod({name}))
 """
     command = [sys.executable, "-I", "-c", program]
     result = subprocess.run(command, cwd=tmp_path.parent, capture_output=True, text=True)
-    assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", result.stdout), result.stderr + result.stdout
+    assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", result.stdout), (
+        result.stderr + result.stdout
+    )
 
 
 def test_every_file_with_a_docstring_example_has_it_run():
-    with_example = {path.stem for path in CODE if re.search(r"^\s*>>> ", path.read_text(), re.MULTILINE)}
+    with_example = {
+        path.stem for path in CODE if re.search(r"^\s*>>> ", path.read_text(), re.MULTILINE)
+    }
     assert with_example >= set(COPIES)
     for name in with_example - set(COPIES):
         assert doctest.testmod(importlib.import_module(name)).failed == 0, name
@@ -120,7 +144,9 @@ before, threads = torch.random.get_rng_state(), torch.get_num_threads()
 import {names}
 assert torch.equal(torch.random.get_rng_state(), before) and torch.get_num_threads() == threads
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -180,7 +206,11 @@ HELPS = {  # how many flags there are at least, --help included
 @pytest.mark.parametrize("command", HELPS)
 def test_every_flag_is_in_the_help_with_a_text(command):
     result = subprocess.run(
-        [sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, env=WIDE
+        [sys.executable, *command.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=WIDE,
     )
     assert result.returncode == 0 and not result.stderr
     blocks = re.split(r"\n  (?=-)", result.stdout.split("options:")[1])[1:]

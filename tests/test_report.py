@@ -14,10 +14,18 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from tiny import check_refused, make_set, run
 
-import data
+import benchmarks
+import files
 import report
 
-MIOU = {"voc": 51.0, "context": 27.0, "coco_object": 29.5, "voc20": 80.0, "context59": 31.0, "coco_stuff": 25.0}
+MIOU = {
+    "voc": 51.0,
+    "context": 27.0,
+    "coco_object": 29.5,
+    "voc20": 80.0,
+    "context59": 31.0,
+    "coco_stuff": 25.0,
+}
 MIOU |= {"cityscapes": 20.0, "ade20k": 15.0}  # only on COCO-Stuff above the paper's best
 TABLE_3 = """ViL-Seg 34.4 16.3 16.4 22.4
 ReCo 57.9 32.0 18.4 36.1
@@ -30,20 +38,36 @@ def results_of(names=tuple(MIOU), partial=(), protocol=True, **more):
     """Results with some of the eight sets, and the entries of `more`."""
     sets = {}
     for name in names:
-        full = data.BENCHMARKS[name].full
-        sets[name] = {"miou": MIOU.get(name, 30.0), "images": 9 if name in partial else full, "full": full}
+        full = benchmarks.BENCHMARKS[name].full
+        sets[name] = {
+            "miou": MIOU.get(name, 30.0),
+            "images": 9 if name in partial else full,
+            "full": full,
+        }
         sets[name] |= {"iou": {"cat": MIOU[name], "dog": None}, "partial_miou": None}
-        if data.BENCHMARKS[name].partial:
+        if benchmarks.BENCHMARKS[name].partial:
             sets[name]["partial_miou"] = MIOU[name] + 0.26
-    settings = {"method": "gcl", "checkpoint": 'runs/<größe> & "x"/last.pt', "unified_protocol": protocol}
+    settings = {
+        "method": "gcl",
+        "checkpoint": 'runs/<größe> & "x"/last.pt',
+        "unified_protocol": protocol,
+    }
     return {"average": None, "settings": settings, "datasets": sets | more}
 
 
-OWN = {"miou": 12.0, "images": 5, "full": 5, "iou": {"<b>Müll</b> & Co": 12.0, "a|b": None}, "partial_miou": None}
+OWN = {
+    "miou": 12.0,
+    "images": 5,
+    "full": 5,
+    "iou": {"<b>Müll</b> & Co": 12.0, "a|b": None},
+    "partial_miou": None,
+}
 
 
 def set_of(classes=("background", "sky", "tree"), n=1, full=None, name="mine"):
-    return data.SegmentationSet(name, list(classes), True, [None] * n, data.voc_palette(len(classes)), full)
+    return benchmarks.SegmentationSet(
+        name, list(classes), True, [None] * n, benchmarks.voc_palette(len(classes)), full
+    )
 
 
 @pytest.fixture
@@ -107,8 +131,12 @@ def md_row(text, name, nth=0):
 def test_the_run_stands_under_both_tables_with_its_means():
     text = report.markdown(results_of(mine=OWN))
     assert md_row(text, "MaskCLIP†") == "29.3 21.1 15.5 53.7 23.3 14.7 21.6 10.8 23.7".split()
-    assert md_row(text, "**this run**") == "51.0 27.0 29.5 80.0 31.0 25.0 20.0 15.0 34.8".split()  # 278.5 / 8
-    assert md_row(text, "**this run**", 1) == "80.3 31.3 25.3 45.6".split()  # 136.78 / 3, the own set not in it
+    assert (
+        md_row(text, "**this run**") == "51.0 27.0 29.5 80.0 31.0 25.0 20.0 15.0 34.8".split()
+    )  # 278.5 / 8
+    assert (
+        md_row(text, "**this run**", 1) == "80.3 31.3 25.3 45.6".split()
+    )  # 136.78 / 3, the own set not in it
     assert md_row(text, "ViL-Seg") == "34.4 16.3 16.4 22.4".split() and "partial)" not in text
     assert text.count("the paper's figures") == 2
 
@@ -117,8 +145,12 @@ def test_an_average_needs_every_set_and_a_number_for_each():
     for results in (results_of([n for n in MIOU if n != "coco_stuff"]), results_of()):
         results["datasets"].get("coco_stuff", {}).update(miou=None, partial_miou=None)
         text = report.markdown(results)
-        assert md_row(text, "**this run**")[5::3] == ["", ""] and md_row(text, "**this run**", 1)[2:] == ["", ""]
-    assert "Table 3 (" not in report.markdown(results_of(["voc"])) and "Table 1" in report.markdown(results_of(["voc"]))
+        assert md_row(text, "**this run**")[5::3] == ["", ""] and md_row(text, "**this run**", 1)[
+            2:
+        ] == ["", ""]
+    assert "Table 3 (" not in report.markdown(results_of(["voc"])) and "Table 1" in report.markdown(
+        results_of(["voc"])
+    )
     assert "the paper's figures" not in report.markdown(results_of([], mine=OWN))
 
 
@@ -129,34 +161,62 @@ def test_a_partial_set_is_marked_wherever_its_number_stands(texts):
     first = "51.0,27.0,29.5,80.0 (partial),31.0,25.0,20.0,15.0,34.8 (partial)"
     assert md_row(text, "**this run**") == first.split(",")
     assert md_row(text, "**this run**", 1) == ["80.3 (partial)", "31.3", "25.3", "45.6 (partial)"]
-    assert md_row(text, "voc20") == ["80.0 (partial)", "9 of 1449", "80.3 (partial)", "80.0 (partial) at 0.40"]
-    assert "**Partial**: only some of the images of voc20." in text and "## voc20 (partial: 9 of 1449 images)" in text
+    assert md_row(text, "voc20") == [
+        "80.0 (partial)",
+        "9 of 1449",
+        "80.3 (partial)",
+        "80.0 (partial) at 0.40",
+    ]
+    assert (
+        "**Partial**: only some of the images of voc20." in text
+        and "## voc20 (partial: 9 of 1449 images)" in text
+    )
     page = Page(report.page("nowhere", results))
     for shown in (text, page.text):
-        assert len(re.findall(r"80\.[03](?! \(partial\))", shown)) == 0 and shown.count("80.0 (partial)") >= 4
+        assert (
+            len(re.findall(r"80\.[03](?! \(partial\))", shown)) == 0
+            and shown.count("80.0 (partial)") >= 4
+        )
         assert "34.8 (partial)" in shown and "34.8" not in shown.replace("34.8 (partial)", "")
     report.radar(results)
     seen = [text for text, _ in texts]
-    assert "this run (partial)" in seen and seen[seen.index("VOC20") + 1] == "partial" and seen.count("partial") == 1
+    assert (
+        "this run (partial)" in seen
+        and seen[seen.index("VOC20") + 1] == "partial"
+        and seen.count("partial") == 1
+    )
 
 
 def test_evaluates_own_mark_of_partial_counts_before_the_images():
-    assert report.is_partial(OWN | {"partial": True}) and not report.is_partial(OWN | {"full": 9, "partial": False})
-    assert (report.marked(3, True), report.marked(3, False), report.marked(None, True)) == ("3.0 (partial)", "3.0", "")
+    assert report.is_partial(OWN | {"partial": True}) and not report.is_partial(
+        OWN | {"full": 9, "partial": False}
+    )
+    assert (report.marked(3, True), report.marked(3, False), report.marked(None, True)) == (
+        "3.0 (partial)",
+        "3.0",
+        "",
+    )
     assert report.is_partial(OWN | {"full": 9}) and not report.is_partial(OWN | {"full": None})
 
 
 @pytest.mark.parametrize(
-    "protocol, mark", [(True, None), (False, "Outside the unified protocol"), (None, "Protocol not known")]
+    "protocol, mark",
+    [(True, None), (False, "Outside the unified protocol"), (None, "Protocol not known")],
 )
 def test_a_run_outside_the_protocol_says_so(protocol, mark, texts):
     results = results_of(protocol=protocol)
     report.radar(results)
     outside = "this run (outside the protocol)"
-    for text in (report.markdown(results), report.page("nowhere", results), " ".join(text for text, _ in texts)):
+    for text in (
+        report.markdown(results),
+        report.page("nowhere", results),
+        " ".join(text for text, _ in texts),
+    ):
         assert (outside in text) == (protocol is False)
     for text in (report.markdown(results), report.page("nowhere", results)):
-        assert [m for m in ("Outside the unified protocol", "Protocol not known") if m in text] == [mark] * bool(mark)
+        assert [m for m in ("Outside the unified protocol", "Protocol not known") if m in text] == [
+            mark
+        ] * bool(mark)
 
 
 def test_names_of_classes_do_not_break_the_markdown():
@@ -210,17 +270,29 @@ def test_a_name_stands_inside_the_largest_region_of_its_class(texts):
     assert sorted(text for text, _ in texts) == ["background", "sky"]
     x, y = dict(texts)["sky"]
     assert (round(y), round(x)) in flood(indices, (12, 22))
-    pixels = np.array(picture)[round(y) - 7 : round(y) + 8, round(x) - 14 : round(x) + 15].reshape(-1, 3)
-    assert (pixels > 200).all(1).sum() > 10 and (pixels < 40).all(1).sum() > 30  # white letters, dark rim
+    pixels = np.array(picture)[round(y) - 7 : round(y) + 8, round(x) - 14 : round(x) + 15].reshape(
+        -1, 3
+    )
+    assert (pixels > 200).all(1).sum() > 10 and (pixels < 40).all(
+        1
+    ).sum() > 30  # white letters, dark rim
 
 
 @pytest.mark.parametrize("widest", [0, 11])
 def test_names_stay_in_the_picture_and_out_of_each_others_way(texts, widest):
-    stripes = np.repeat(np.arange(12, dtype=np.uint8), [15 if k == widest else 9 for k in range(12)])
-    indices = stripes[None].repeat(60, 0)  # the widest is named first, and leaves the others no room
+    stripes = np.repeat(
+        np.arange(12, dtype=np.uint8), [15 if k == widest else 9 for k in range(12)]
+    )
+    indices = stripes[None].repeat(
+        60, 0
+    )  # the widest is named first, and leaves the others no room
     report.draw_names(Image.new("RGB", (114, 60)), indices, [f"long name {k}" for k in range(12)])
     half = report.font(13).getlength(f"long name {widest}") / 2
-    assert len(texts) == 1 and texts[0][0] == f"long name {widest}" and half <= texts[0][1][0] <= 114 - half
+    assert (
+        len(texts) == 1
+        and texts[0][0] == f"long name {widest}"
+        and half <= texts[0][1][0] <= 114 - half
+    )
 
 
 def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
@@ -228,15 +300,22 @@ def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
     label[100:, 200:], label[:30] = 2, 255
     prediction = np.ones_like(label)
     image = np.full((300, 400, 3), (9, 99, 199), dtype=np.uint8)
-    report.write_sheet(tmp_path / "new/part.png", set_of(n=3, full=7), [(image, label, prediction)] * 2)
+    report.write_sheet(
+        tmp_path / "new/part.png", set_of(n=3, full=7), [(image, label, prediction)] * 2
+    )
     assert ("mine (partial: 3 of 7 images)") in [text for text, _ in texts]
     sheet = np.array(Image.open(tmp_path / "new/part.png"))
-    colours = {tuple(c): n for c, n in zip(*np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True), strict=True)}
+    colours = {
+        tuple(c): n
+        for c, n in zip(*np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True), strict=True)
+    }
     cell = 256 * 192  # per cell, of two; names and legend cover a little
     for colour, share in (((9, 99, 199), 1), ((0, 128, 0), 1 / 3), ((128, 0, 0), 1)):
         assert 0.9 * share < colours[colour] / (2 * cell) < 1.02 * share, colour
     names = collections.Counter(text for text, _ in texts)
-    assert names["sky"] == 3 and names["tree"] == 3 and names["background"] == 3  # two cells and the legend
+    assert (
+        names["sky"] == 3 and names["tree"] == 3 and names["background"] == 3
+    )  # two cells and the legend
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["part.png"]
     texts.clear()
     report.write_sheet(tmp_path / "whole.png", set_of(n=7, full=7), [(image, label, prediction)])
@@ -244,7 +323,9 @@ def test_a_sheet_shows_the_palette_and_says_that_it_is_partial(tmp_path, texts):
 
 
 def test_a_smaller_label_map_holds_no_class_that_was_not_there(tmp_path):
-    label = np.random.default_rng(0).integers(0, 2, (500, 700)) * 2  # background and trees; between them would be sky
+    label = (
+        np.random.default_rng(0).integers(0, 2, (500, 700)) * 2
+    )  # background and trees; between them would be sky
     image = np.full((500, 700, 3), 99, dtype=np.uint8)
     report.write_sheet(tmp_path / "a.png", set_of(), [(image, label, label)])
     colours = set(map(tuple, np.array(Image.open(tmp_path / "a.png")).reshape(-1, 3).tolist()))
@@ -252,7 +333,7 @@ def test_a_smaller_label_map_holds_no_class_that_was_not_there(tmp_path):
 
 
 def test_ignored_pixels_are_white_and_the_last_class_has_its_colour():
-    palette = data.voc_palette(254)
+    palette = benchmarks.voc_palette(254)
     shown = report.colour(np.array([[0, 253, 255]]), palette)
     assert shown.tolist() == [[palette[0], palette[253], [255, 255, 255]]]
 
@@ -261,7 +342,9 @@ def test_without_a_system_font_letters_are_spelled_out(monkeypatch):
     report.font.cache_clear(), report._has.cache_clear()
     real = ImageFont.truetype
     monkeypatch.setattr(
-        ImageFont, "truetype", lambda font=None, *a, **k: _missing() if isinstance(font, str) else real(font, *a, **k)
+        ImageFont,
+        "truetype",
+        lambda font=None, *a, **k: _missing() if isinstance(font, str) else real(font, *a, **k),
     )
     try:
         assert report.drawable("Müll\n MaskCLIP† 日", 13) == "Mull MaskCLIP-dagger ?"
@@ -291,8 +374,13 @@ def test_the_radar_has_each_number_at_its_place():
         assert picture.getpixel(spot(k, value / best[k])) == (0, 0, 0), k
         gcl = report.TABLE_1["GCL"][k]
         assert picture.getpixel(spot(k, gcl / best[k] + 0.01)) == (0xD5, 0x5E, 0), k
-        a, b = spot(k, value / best[k]), spot(k + 1, list(MIOU.values())[(k + 1) % 8] / best[(k + 1) % 8])
-        assert picture.getpixel(((a[0] + b[0]) // 2, (a[1] + b[1]) // 2)) == (0, 0, 0), k  # the line between
+        a, b = (
+            spot(k, value / best[k]),
+            spot(k + 1, list(MIOU.values())[(k + 1) % 8] / best[(k + 1) % 8]),
+        )
+        assert picture.getpixel(((a[0] + b[0]) // 2, (a[1] + b[1]) // 2)) == (0, 0, 0), (
+            k
+        )  # the line between
 
 
 def test_an_axis_without_a_number_is_a_gap_and_says_so(texts):
@@ -316,13 +404,27 @@ def test_an_axis_without_a_number_is_a_gap_and_says_so(texts):
 
 def test_the_rows_stay_apart_for_colour_blind_eyes():
     """Colours as seen with protanopia and deuteranopia (Machado et al. 2009); dash and marker differ as well."""
-    protan = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
-    deutan = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    protan = [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ]
+    deutan = [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ]
     for matrix in (np.eye(3), np.array(protan), np.array(deutan)):
         for a, b in itertools.combinations(report.STYLES.values(), 2):
             seen = [matrix @ (np.array(list(bytes.fromhex(c[0][1:]))) / 255) ** 2.2 for c in (a, b)]
-            assert np.abs(np.clip(seen[0], 0, 1) ** 0.45 - np.clip(seen[1], 0, 1) ** 0.45).sum() > 0.2, (a, b)
-    assert len({style[1:] for style in report.STYLES.values()}) == 7 == len({s[2:] for s in report.STYLES.values()})
+            assert (
+                np.abs(np.clip(seen[0], 0, 1) ** 0.45 - np.clip(seen[1], 0, 1) ** 0.45).sum() > 0.2
+            ), (a, b)
+    assert (
+        len({style[1:] for style in report.STYLES.values()})
+        == 7
+        == len({s[2:] for s in report.STYLES.values()})
+    )
     assert set(report.STYLES) == {*report.TABLE_1, report.RUN}
 
 
@@ -342,15 +444,23 @@ def test_the_page_is_one_sound_file_with_all_in_it(tmp_path):
     page = Page(text)
     names = [tag for tag, _ in page.tags]
     assert text.startswith("<!DOCTYPE html>") and names.count("h1") == names.count("main") == 1
-    assert ("meta", {"charset": "utf-8"}) in page.tags and 'name="viewport" content="width=device-width' in text
+    assert (
+        "meta",
+        {"charset": "utf-8"},
+    ) in page.tags and 'name="viewport" content="width=device-width' in text
     assert not {"script", "link", "iframe", "object", "b"} & set(names) and not re.search(
         r"url\(|@import|https?:", text
     )
     for _, attributes in page.tags:
-        assert not {name for name in attributes if name in ("href", "srcset") or name.startswith("on")}
+        assert not {
+            name for name in attributes if name in ("href", "srcset") or name.startswith("on")
+        }
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(len(image["alt"]) > 20 for image in images)
-    sources = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True) for image in images]
+    sources = [
+        base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        for image in images
+    ]
     assert sources == [(tmp_path / f"{name}.png").read_bytes() for name in ("radar", "voc", "mine")]
     assert names.count("details") == 1 + 9 and names.count("section") == 9
     for name in ("<b>Müll</b> & Co", "a|b", "MaskCLIP†", "34.8", "45.6"):
@@ -372,7 +482,10 @@ def test_rendering_again_gives_the_same_bytes(tmp_path):
 def test_an_earlier_runs_radar_does_not_stay_and_a_set_may_be_called_radar(tmp_path):
     write(tmp_path, results_of())
     report.write_results(tmp_path, results_of(["voc"]))
-    assert not (tmp_path / "radar.png").exists() and "data:image" not in (tmp_path / "report.html").read_text()
+    assert (
+        not (tmp_path / "radar.png").exists()
+        and "data:image" not in (tmp_path / "report.html").read_text()
+    )
     write(tmp_path, results_of(radar=OWN), radar=(9, 8))
     with Image.open(tmp_path / "radar.png") as sheet:
         assert sheet.size == (9, 8)
@@ -386,14 +499,28 @@ def test_evaluate_leaves_the_whole_report(tmp_path):
         for k in range(5):
             label = np.array(Image.open(tmp_path / name / f"labels/{k}.png"))
             (tmp_path / "made" / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / "made" / name / f"{k}.png")
+            Image.fromarray(np.where(label == 255, 0, label)).save(
+                tmp_path / "made" / name / f"{k}.png"
+            )
     result = run(
-        *("evaluate.py", "--datasets", *specs, "--predictions", tmp_path / "made", "--limit", 3, "--workers", 0),
+        *(
+            "evaluate.py",
+            "--datasets",
+            *specs,
+            "--predictions",
+            tmp_path / "made",
+            "--limit",
+            3,
+            "--workers",
+            0,
+        ),
         *("--out", tmp_path / "out"),
     )
     assert result.returncode == 0, result.stderr
     page = Page((tmp_path / "out/report.html").read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags].count("img") == 2 and "one (partial: 3 of 5 images)" in page.text
+    assert [tag for tag, _ in page.tags].count(
+        "img"
+    ) == 2 and "one (partial: 3 of 5 images)" in page.text
     assert page.cells.count("100.0 (partial)") == 2 * (1 + 3) and "100.0" not in page.cells
 
 
@@ -403,12 +530,22 @@ BAD = [
     ("[]", "settings and datasets"),
     ('{"settings": {}}', "settings and datasets"),
     ('{"settings": {}, "datasets": {"voc": 3}}', "voc: miou"),
-    (json.dumps({"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "iou"}}}), "voc: iou"),
     (
-        json.dumps({"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "full"}}}),
+        json.dumps(
+            {"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "iou"}}}
+        ),
+        "voc: iou",
+    ),
+    (
+        json.dumps(
+            {"settings": {}, "datasets": {"voc": {k: v for k, v in OWN.items() if k != "full"}}}
+        ),
         "voc: needs par",
     ),
-    (json.dumps({"settings": {}, "datasets": {"voc": OWN | {"iou": {"cat": "3"}}}}), "voc: iou and sweep"),
+    (
+        json.dumps({"settings": {}, "datasets": {"voc": OWN | {"iou": {"cat": "3"}}}}),
+        "voc: iou and sweep",
+    ),
     (json.dumps({"settings": {}, "datasets": {"a/b": OWN}}), "a/b"),
 ]
 
@@ -416,14 +553,18 @@ BAD = [
 @pytest.mark.parametrize("text, message", BAD)
 def test_results_that_cannot_be_rendered_are_named(tmp_path, text, message):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(report.ReportError, match=re.escape(f"{tmp_path / 'results.json'}: ")) as error:
+    with pytest.raises(
+        files.InputError, match=re.escape(f"{tmp_path / 'results.json'}: ")
+    ) as error:
         report.read_results(tmp_path)
     assert message in str(error.value)
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     check_refused(run("report.py"), 2, "FOLDER")
-    check_refused(run("report.py", tmp_path / "nowhere"), 1, "nowhere", "results.json", "evaluate.py")
+    check_refused(
+        run("report.py", tmp_path / "nowhere"), 1, "nowhere", "results.json", "evaluate.py"
+    )
     (tmp_path / "results.json").write_text('{"settings": ')
     check_refused(run("report.py", tmp_path), 1, "results.json", "JSON")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -448,7 +589,12 @@ def test_a_log_line_is_json_and_says_why_samples_were_bad(tmp_path, capsys):
     class Bar:
         write = staticmethod(lambda text, file: print(text, file=file))
 
-    record = {"step": 4, "loss": float("nan"), "bad": {"image": 2, "caption": 0}, "eta_seconds": 3661}
+    record = {
+        "step": 4,
+        "loss": float("nan"),
+        "bad": {"image": 2, "caption": 0},
+        "eta_seconds": 3661,
+    }
     report.write_log(record, tmp_path, Bar)
     line = capsys.readouterr().out
     assert "bad 2  image 2" in line and "caption" not in line and "eta 1:01:01" in line

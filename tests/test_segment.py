@@ -16,8 +16,9 @@ from conftest import ROOT
 from PIL import Image, ImageCms
 from tiny import check_refused, make_clip, run
 
-import data
+import backbone
 import evaluate
+import files
 import gcl
 import pamr
 import segment
@@ -71,10 +72,12 @@ def test_labels_and_masks_are_those_of_the_net_on_one_window(net, refined):
     labels, masks = segment.segment_image(net, image, TEXTS, pamr=refined, **SMALL)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)
     x = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
-    text = net.encode_classes(TEXTS, gcl.tokenizer_of(net.clip), evaluate.TEMPLATES["release"])
+    text = net.encode_classes(TEXTS, backbone.tokenizer_of(net.clip), evaluate.TEMPLATES["release"])
     expected = net.segment(x[None], text, pamr.pamr if refined else None)[0]
     torch.testing.assert_close(masks, expected)
-    assert masks.shape == (3, 32, 32) and masks.dtype == torch.float32 and labels.dtype == torch.int64
+    assert (
+        masks.shape == (3, 32, 32) and masks.dtype == torch.float32 and labels.dtype == torch.int64
+    )
     threshold = 0.4 if refined else 0.5
     for y in range(32):
         for column in range(32):
@@ -86,14 +89,20 @@ def test_labels_and_masks_are_those_of_the_net_on_one_window(net, refined):
 def test_a_large_picture_is_segmented_in_the_protocols_windows_and_comes_back_at_its_own_size(net):
     image = photo(201, 60)
     labels, masks = segment.segment_image(net, image, TEXTS, background=0.3, pamr=False, **SMALL)
-    args = evaluate.parse_args(["--datasets", "x", "--no-pamr", "--short-side=32", "--window=32", "--stride=16"])
-    text = net.encode_classes(TEXTS, gcl.tokenizer_of(net.clip), evaluate.TEMPLATES["release"])
+    args = evaluate.parse_args(
+        ["--datasets", "x", "--no-pamr", "--short-side=32", "--window=32", "--stride=16"]
+    )
+    text = net.encode_classes(TEXTS, backbone.tokenizer_of(net.clip), evaluate.TEMPLATES["release"])
     small = evaluate.segment_image(net, image, text, args)
     assert small.shape == (3, 32, 107)
     full = F.interpolate(small[None], size=(60, 201), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(masks, full)
     values, indices = full.max(0)
-    assert torch.equal(labels, torch.where(values > 0.3, indices + 1, 0)) and masks.shape == (3, 60, 201)
+    assert torch.equal(labels, torch.where(values > 0.3, indices + 1, 0)) and masks.shape == (
+        3,
+        60,
+        201,
+    )
 
 
 def test_without_background_every_pixel_has_a_text(net):
@@ -106,17 +115,22 @@ def test_without_background_every_pixel_has_a_text(net):
 def test_settings_are_evaluates_and_wrong_ones_are_said_in_its_words(net):
     image = photo(32, 32)
     plain = segment.segment_image(net, image, TEXTS, method="maskclip", pamr=False, **SMALL)[1]
-    other = segment.segment_image(net, image, TEXTS, pamr=False, templates="simple", kp_weight=0.0, **SMALL)[1]
+    other = segment.segment_image(
+        net, image, TEXTS, pamr=False, templates="simple", kp_weight=0.0, **SMALL
+    )[1]
     assert not torch.allclose(plain, other)
     with pytest.raises(ValueError, match="invalid choice: 'sam'.*gcl.*maskclip"):
         segment.protocol(method="sam")
     with pytest.raises(ValueError, match="unrecognized arguments: --colour=3"):
         segment.protocol(colour=3)
-    assert segment.protocol(pamr=False).bg_threshold == 0.5 and segment.protocol().bg_threshold == 0.4
+    assert (
+        segment.protocol(pamr=False).bg_threshold == 0.5 and segment.protocol().bg_threshold == 0.4
+    )
 
 
 @pytest.mark.parametrize(
-    "texts, words", [([], "0 texts"), (["a", " "], "empty"), (["the Moon", "the  moon"], "same text")]
+    "texts, words",
+    [([], "0 texts"), (["a", " "], "empty"), (["the Moon", "the  moon"], "same text")],
 )
 def test_texts_that_cannot_be_are_named(net, texts, words):
     with pytest.raises(ValueError, match=words):
@@ -131,10 +145,14 @@ def test_pictures_of_every_kind_become_the_same_rgb(tmp_path):
     kinds["two"] = Image.fromarray(grey).convert("LA")
     for name, image in kinds.items():
         image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(segment.read_picture(tmp_path / f"{name}.png"), grey[..., None].repeat(3, 2)), name
+        assert np.array_equal(
+            segment.read_picture(tmp_path / f"{name}.png"), grey[..., None].repeat(3, 2)
+        ), name
     palette = Image.fromarray(rgb).quantize(8)
     palette.save(tmp_path / "palette.png")
-    assert np.array_equal(segment.read_picture(tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(
+        segment.read_picture(tmp_path / "palette.png"), np.asarray(palette.convert("RGB"))
+    )
     clear = np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
     clear[0, :, 3] = 0
     Image.fromarray(clear).save(tmp_path / "alpha.png")
@@ -155,10 +173,10 @@ def test_pictures_of_every_kind_become_the_same_rgb(tmp_path):
     ],
 )
 def test_pictures_that_cannot_be_segmented_say_why(tmp_path, image, words):
-    with pytest.raises(data.DataError, match=words):
+    with pytest.raises(files.InputError, match=words):
         segment.pixels(image)
     image.save(tmp_path / "it.tif")
-    with pytest.raises(data.DataError, match=f"it.tif.*{words}"):
+    with pytest.raises(files.InputError, match=f"it.tif.*{words}"):
         segment.read_picture(tmp_path / "it.tif")
 
 
@@ -166,7 +184,7 @@ def test_every_pixel_limit_stands_before_the_pixels_are_read(tmp_path):
     """A picture of 20 GB unpacked is refused by its header."""
     header = b"P6 100000 70000 255\n"
     (tmp_path / "bomb.ppm").write_bytes(header + bytes(100))
-    with pytest.raises(data.DataError, match="bomb.ppm"):
+    with pytest.raises(files.InputError, match="bomb.ppm"):
         segment.read_picture(tmp_path / "bomb.ppm")
 
 
@@ -177,14 +195,18 @@ def lab_of_pillow(colours):
     """CIELAB by little CMS, in its 8-bit coding: L 0..255 for 0..100, a and b as signed bytes."""
     image = Image.fromarray(np.array([colours], np.uint8))
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = np.asarray(ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB")))[0]
+    lab = np.asarray(
+        ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    )[0]
     return np.stack([lab[:, 0] / 2.55, *(lab[:, k].astype(np.int8) for k in (1, 2))], -1)
 
 
 def without_green_cones(colours):
     """Deuteranopia by Vienot, Brettel and Mollon 1999, in linear RGB: another simulation than that of segment.py."""
     linear = (np.array(colours) / 255) ** 2.2
-    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    to_lms = np.array(
+        [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]]
+    )
     lms = linear @ to_lms.T
     lms[:, 1] = 0.494207 * lms[:, 0] + 1.24827 * lms[:, 2]
     return (255 * (lms @ np.linalg.inv(to_lms).T).clip(0, 1) ** (1 / 2.2)).round()
@@ -210,16 +232,27 @@ def test_colours_stay_apart_for_every_eye():
 def test_our_green_blind_eye_sees_what_another_simulation_says():
     colours = segment.palette(40)
     other = segment.seen(without_green_cones(colours))[0]
-    normal, red_blind, green_blind = (np.linalg.norm(lab - other, axis=-1).mean() for lab in segment.seen(colours))
+    normal, red_blind, green_blind = (
+        np.linalg.norm(lab - other, axis=-1).mean() for lab in segment.seen(colours)
+    )
     assert green_blind < 10 < red_blind < 20 < normal
-    for n, least in ((20, 12), (40, 8)):  # chosen for normal eyes alone, the least distances would be 5 and 2
+    for n, least in (
+        (20, 12),
+        (40, 8),
+    ):  # chosen for normal eyes alone, the least distances would be 5 and 2
         assert smallest_distance(segment.seen(without_green_cones(segment.palette(n)))[0]) > least
 
 
 def test_our_colour_space_is_cielab():
     """The published values of the corners of sRGB (D65, 2 degrees)."""
     corners = [(255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
-    published = [(100, 0, 0), (53.24, 80.09, 67.20), (87.73, -86.18, 83.18), (32.30, 79.19, -107.86), (0, 0, 0)]
+    published = [
+        (100, 0, 0),
+        (53.24, 80.09, 67.20),
+        (87.73, -86.18, 83.18),
+        (32.30, 79.19, -107.86),
+        (0, 0, 0),
+    ]
     np.testing.assert_allclose(segment.seen(corners)[0], published, atol=0.1)
 
 
@@ -249,8 +282,16 @@ def here(tmp_path, monkeypatch):
     [
         (["photo.jpg", "moon is up", "sunset"], ["photo.jpg"], ["moon is up", "sunset"]),
         (["--no-pamr", "photo.jpg", "--out", "o", "sea"], ["photo.jpg"], ["sea"]),
-        (["boats", "photo.jpg", "./boats", "sea"], ["boats/B.JPG", "boats/a.png", "photo.jpg"], ["sea"]),
-        (["photo.jpg", "and/or not", "boats"], ["photo.jpg"], ["and/or not", "boats"]),  # after a text all are texts
+        (
+            ["boats", "photo.jpg", "./boats", "sea"],
+            ["boats/B.JPG", "boats/a.png", "photo.jpg"],
+            ["sea"],
+        ),
+        (
+            ["photo.jpg", "and/or not", "boats"],
+            ["photo.jpg"],
+            ["and/or not", "boats"],
+        ),  # after a text all are texts
         (["boats/a.png", "--texts", "moon", "photo.jpg"], ["boats/a.png"], ["moon", "photo.jpg"]),
         (["photo.jpg", "--", "-5 degrees"], ["photo.jpg"], ["-5 degrees"]),
     ],
@@ -267,14 +308,20 @@ def test_pictures_and_texts_are_told_apart(here, line, images, texts):
         ("sunset moon", "sunset: no such picture or folder (pictures come first"),
         ("photo.jpg other/place sea", "other/place: no such picture or folder"),
         ("photo.jpg gone.png sea", "gone.png: no such picture or folder"),
-        ("photo.jpg moon", "'moon' is a folder here, but could be a text: write ./moon, or --texts moon"),
+        (
+            "photo.jpg moon",
+            "'moon' is a folder here, but could be a text: write ./moon, or --texts moon",
+        ),
         ("photo.jpg sea boats/a.png", "boats/a.png: a picture after the text 'sea'"),
         ("gone.png --texts sea", "gone.png: no such picture or folder"),
         ("moon sea", "moon: no pictures in this folder"),
         ("photo.jpg", "no texts after photo.jpg"),
         ("photo.jpg sea Sea", "'Sea' is the same text as 'sea'"),
         ("photo.jpg sea --method sam", "invalid choice: 'sam'"),
-        ("photo.jpg sea --method maskclip --checkpoint x", "--checkpoint goes with --method gcl alone"),
+        (
+            "photo.jpg sea --method maskclip --checkpoint x",
+            "--checkpoint goes with --method gcl alone",
+        ),
         ("photo.jpg sea --background 1.5", "--background 1.5 must lie between 0 and 1"),
         ("photo.jpg sea --background 0.3 --no-background", "not allowed with"),
         ("photo.jpg sea --stride 500", "--stride must be at most --window"),
@@ -287,11 +334,21 @@ def test_wrong_calls_end_with_code_2_and_say_why(here, capsys, line, words):
     with pytest.raises(SystemExit) as stop:
         segment.parse_args(line.split())
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and words in said.splitlines()[-1] and "segment.py" in said or "usage" in said, said
+    assert (
+        stop.value.code == 2
+        and words in said.splitlines()[-1]
+        and "segment.py" in said
+        or "usage" in said
+    ), said
 
 
 def test_the_background_is_the_protocols_unless_it_is_said(here):
-    for extra, threshold in (("", 0.4), ("--no-pamr", 0.5), ("--background 0.2", 0.2), ("--no-background", -1)):
+    for extra, threshold in (
+        ("", 0.4),
+        ("--no-pamr", 0.5),
+        ("--background 0.2", 0.2),
+        ("--no-background", -1),
+    ):
         assert segment.parse_args(f"photo.jpg sea {extra}".split()).bg_threshold == threshold
 
 
@@ -311,37 +368,67 @@ def test_a_folder_is_segmented_a_broken_picture_named_and_nothing_overwritten(he
     assert document["settings"]["background"] == 0.2 and len(document["images"]) == 4
     written = [e[k] for e in document["images"] for k in ("overlay", "labels")]
     written += [t["heat_map"] for e in document["images"] for t in e["texts"]]
-    assert len(set(written)) == 4 * (2 + 5) and sorted(written) == sorted(map(str, (here / "o").iterdir()))
+    assert len(set(written)) == 4 * (2 + 5) and sorted(written) == sorted(
+        map(str, (here / "o").iterdir())
+    )
     names = {path.rsplit("/", 1)[1] for path in written}
-    assert {"a.overlay.png", "a-2.overlay.png", "B.labels.png", "a.1-a-boatman-standing-on-a-boat.png"} <= names
+    assert {
+        "a.overlay.png",
+        "a-2.overlay.png",
+        "B.labels.png",
+        "a.1-a-boatman-standing-on-a-boat.png",
+    } <= names
     assert {"a.2-the-moon.png", "a.5.png"} <= names  # no letters of 月 in plain ASCII
     for entry in document["images"]:
         labels, masks = segment.segment_image(
-            net, segment.read_picture(entry["image"]), [t["text"] for t in entry["texts"]], 0.2, pamr=False, **SMALL
+            net,
+            segment.read_picture(entry["image"]),
+            [t["text"] for t in entry["texts"]],
+            0.2,
+            pamr=False,
+            **SMALL,
         )
         with Image.open(entry["labels"]) as stored:
             assert stored.mode == "P" and np.array_equal(np.asarray(stored), labels.numpy())
             assert stored.getpalette()[:9] == [0, 0, 0, 230, 159, 0, 86, 180, 233]
         assert (entry["height"], entry["width"]) == labels.shape
         for k, text in enumerate(entry["texts"], start=1):
-            assert text["label"] == k and text["share"] == pytest.approx((labels == k).float().mean().item())
+            assert text["label"] == k and text["share"] == pytest.approx(
+                (labels == k).float().mean().item()
+            )
             assert text["mean"] == pytest.approx(masks[k - 1].mean().item(), abs=1e-5)
         assert entry["background"] == pytest.approx((labels == 0).float().mean().item())
 
 
 def test_a_run_says_one_line_a_picture_and_a_wrong_checkpoint_is_named(here, world, capsys):
-    args = segment.parse_args(["photo.jpg", "sea", "--checkpoint", world.checkpoint, *map(str, FLAGS)])
+    args = segment.parse_args(
+        ["photo.jpg", "sea", "--checkpoint", world.checkpoint, *map(str, FLAGS)]
+    )
     assert segment.main(args) == 0
     said = capsys.readouterr()
     assert "segmenting" not in said.err  # no bar for one picture
-    assert re.fullmatch(r"photo.jpg: sea [\d.]+ %, background [\d.]+ % -> out/photo.overlay.png\n", said.out)
+    assert re.fullmatch(
+        r"photo.jpg: sea [\d.]+ %, background [\d.]+ % -> out/photo.overlay.png\n", said.out
+    )
     check_refused(
-        run("segment.py", here / "photo.jpg", "sea", "--checkpoint", here / "x.pt"), 1, "x.pt", "no such file"
+        run("segment.py", here / "photo.jpg", "sea", "--checkpoint", here / "x.pt"),
+        1,
+        "x.pt",
+        "no such file",
     )
 
 
 def test_another_method_needs_no_checkpoint(here, world):
-    args = ["photo.jpg", "sea", "--method", "maskclip", "--model", world.config, "--pretrained", world.weights]
+    args = [
+        "photo.jpg",
+        "sea",
+        "--method",
+        "maskclip",
+        "--model",
+        world.config,
+        "--pretrained",
+        world.weights,
+    ]
     args = segment.parse_args([*args, *map(str, FLAGS), "--out", "o"])
     assert segment.main(args) == 0 and (here / "o/photo.1-sea.png").is_file()
 
@@ -352,9 +439,13 @@ def test_another_method_needs_no_checkpoint(here, world):
 def test_the_overlay_is_coloured_where_the_text_is_and_grey_elsewhere():
     image, labels = photo(700, 640), np.zeros((640, 700), np.uint8)
     labels[:, 200:400] = 2
-    picture = np.asarray(segment.draw_overlay(image, labels, ["a", "b", "c"], segment.palette(3)))[:640]
+    picture = np.asarray(segment.draw_overlay(image, labels, ["a", "b", "c"], segment.palette(3)))[
+        :640
+    ]
     hue = picture.max(-1).astype(int) - picture.min(-1)
-    assert (hue[:, :200] == 0).all() and (hue[:, 405:] == 0).all() and np.median(hue[:, 201:399]) > 80
+    assert (
+        (hue[:, :200] == 0).all() and (hue[:, 405:] == 0).all() and np.median(hue[:, 201:399]) > 80
+    )
     grey = np.asarray(Image.fromarray(image).convert("L"), float)
     y, x = 600, 210  # away from the number in the middle
     expected = 0.4 * grey[y, x] + 0.6 * np.array([86, 180, 233])
@@ -384,7 +475,11 @@ def test_views_are_neither_tiny_nor_giant():
 
 
 def test_the_five_lines_of_the_readme_work_as_printed(world, tmp_path, monkeypatch):
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "segment.segment_image" in b)
+    block = next(
+        b
+        for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "segment.segment_image" in b
+    )
     assert len(list(filter(None, block.splitlines()))) == 5
     shutil.copy(world.checkpoint, tmp_path / "tcl.pth")
     save_photo(tmp_path / "photo.jpg", 40, 30)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Labelled sets: SPEC.json, label files, the eight benchmarks, `data.py check` and `data.py prepare-context`."""
+"""Labelled sets: SPEC.json, label files, the eight benchmarks, `benchmarks.py check` and `benchmarks.py prepare-context`."""
 
 import ast
 import base64
@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from tiny import check_refused, make_set, run
 
-import data
+import benchmarks
+import files
 
 RULES = json.loads((conftest.GOLDEN / "datasets.json").read_text())
 NAMES = list(RULES)[1:9]  # the eight benchmarks
@@ -25,11 +26,15 @@ NAMES = list(RULES)[1:9]  # the eight benchmarks
 
 
 def test_a_spec_lists_its_images_and_maps_its_labels(tmp_path):
-    found = data.read_spec(make_set(tmp_path / "mine", n=3, background=True))
+    found = benchmarks.read_spec(make_set(tmp_path / "mine", n=3, background=True))
     assert found.name == "mine" and len(found) == 3 and found.prompts() == ["cat", "dog", "tree"]
     _, image, label, lut = found.items[1]
-    assert data.read_image(image).shape == (48, 32, 3) and data.read_label(label, lut).shape == (48, 32)
-    assert lut[[0, 1, 2, 3, 255]].tolist() == [0, 1, 2, 3, 255] and (lut[4:255] == data.INVALID).all()
+    assert np.array(files.read_picture(image)).shape == (48, 32, 3)
+    assert benchmarks.read_label(label, lut).shape == (48, 32)
+    assert (
+        lut[[0, 1, 2, 3, 255]].tolist() == [0, 1, 2, 3, 255]
+        and (lut[4:255] == benchmarks.INVALID).all()
+    )
     assert len(found.palette) == 4 and found.palette[0] == [0, 0, 0]
 
 
@@ -37,7 +42,7 @@ def test_zero_can_be_ignored_and_a_list_can_choose(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "val.txt").write_text("2\n0\n")
     path = make_set(tmp_path / "mine", n=3, zero_is_ignored=True, ignore=[9, 255], list="val.txt")
-    found = data.read_spec(path)
+    found = benchmarks.read_spec(path)
     lut = found.items[0][3]
     assert [i for i, *_ in found.items] == ["2", "0"]
     assert lut[[0, 1, 2, 3, 4, 9, 255]].tolist() == [255, 0, 1, 2, -1, 255, 255]
@@ -66,28 +71,28 @@ def test_zero_can_be_ignored_and_a_list_can_choose(tmp_path):
 )
 def test_a_wrong_spec_is_explained(tmp_path, change, message):
     path = make_set(tmp_path / "mine", **change)
-    with pytest.raises(data.DataError, match=message):
-        data.read_spec(path)
+    with pytest.raises(files.InputError, match=message):
+        benchmarks.read_spec(path)
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path):
-    found = data.read_spec(make_set(tmp_path / "mine", n=2))
-    data.check_labels(found)
+    found = benchmarks.read_spec(make_set(tmp_path / "mine", n=2))
+    benchmarks.check_labels(found)
     label = tmp_path / "mine/labels/1.png"
     stored = np.array(Image.open(label))
     stored[5, 5] = 7
     Image.fromarray(stored).save(label)
-    with pytest.raises(data.DataError, match="labels/1.png: label value 7"):
-        data.check_labels(found)
+    with pytest.raises(files.InputError, match="labels/1.png: label value 7"):
+        benchmarks.check_labels(found)
     Image.fromarray(stored).convert("RGB").save(label)
-    with pytest.raises(data.DataError, match="labels/1.png: stored as RGB"):
-        data.check_labels(found)
+    with pytest.raises(files.InputError, match="labels/1.png: stored as RGB"):
+        benchmarks.check_labels(found)
     Image.fromarray(stored[:-1]).save(label)
-    with pytest.raises(data.DataError, match="images/1.png: the image is 32x48.*32x47"):
-        data.check_labels(found)
+    with pytest.raises(files.InputError, match="images/1.png: the image is 32x48.*32x47"):
+        benchmarks.check_labels(found)
     label.write_bytes(b"nothing")
-    with pytest.raises(data.DataError, match="labels/1.png: not a label"):
-        data.check_labels(found)
+    with pytest.raises(files.InputError, match="labels/1.png: not a label"):
+        benchmarks.check_labels(found)
 
 
 @pytest.mark.parametrize("kind", ["grey", "palette", "4-bit palette", "16-bit grey", "32-bit grey"])
@@ -99,36 +104,46 @@ def test_palette_and_grey_labels_are_the_same(tmp_path, kind):
         image.putpalette(list(range(255, -1, -1)) * 3)
     path = tmp_path / ("x.tif" if "32" in kind else "x.png")
     image.save(path, **({"bits": 4} if "4-bit" in kind else {}))
-    read = data.read_label(str(path), data.lookup_table(range(9), [255]))
+    read = benchmarks.read_label(str(path), benchmarks.lookup_table(range(9), [255]))
     assert read.tolist() == values.tolist() and read.dtype == np.int64
 
 
 def test_values_that_no_rule_allows_are_named_with_what_it_allows(tmp_path):
-    lut = data.lookup_table(range(9), [255])
-    for dtype, value in ((np.uint8, 9), (np.uint8, 254), (np.uint16, 256), (np.uint16, 65535), (np.int32, -1)):
+    lut = benchmarks.lookup_table(range(9), [255])
+    for dtype, value in (
+        (np.uint8, 9),
+        (np.uint8, 254),
+        (np.uint16, 256),
+        (np.uint16, 65535),
+        (np.int32, -1),
+    ):
         stored = np.zeros((3, 4), dtype=dtype)
         stored[2, 1] = value
         path = tmp_path / ("x.tif" if dtype is np.int32 else "x.png")
         Image.fromarray(stored).save(path)
         message = f"{path.name}: label value {value} is outside the class list of this set \\(it allows 0-8 255\\)"
-        with pytest.raises(data.DataError, match=message):
-            data.read_label(str(path), lut)
+        with pytest.raises(files.InputError, match=message):
+            benchmarks.read_label(str(path), lut)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
 def test_labels_saved_as_colours_are_named_as_what_they_are(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "F" else "x.png")
     Image.fromarray(np.zeros((3, 4), dtype=np.uint8)).convert(mode).save(path)
-    message = f"{path.name}: stored as {mode}, not as class indices; a label is a palette or grey PNG"
-    with pytest.raises(data.DataError, match=message):
-        data.read_label(str(path), data.lookup_table(range(9), [255]))
+    message = (
+        f"{path.name}: stored as {mode}, not as class indices; a label is a palette or grey PNG"
+    )
+    with pytest.raises(files.InputError, match=message):
+        benchmarks.read_label(str(path), benchmarks.lookup_table(range(9), [255]))
 
 
 def grey_png(rows, depth):
     """A grey PNG of 2 or 4 bits a pixel by the format's own rules; Pillow does not write them."""
 
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     lines = ["".join(format(value, f"0{depth}b") for value in row) for row in rows]
     packed = b"".join(b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big") for bits in lines)
@@ -142,13 +157,23 @@ def test_a_grey_label_of_few_bits_is_read_as_stored(tmp_path, depth):
     """3 of 2 bits would be 255, ignored, where Pillow spreads grey."""
     rows = [[0, 1, 2, 3], [3, 2, 1, 0]] if depth == 2 else [[0, 8, 15, 3], [5, 5, 7, 1]]
     (tmp_path / "x.png").write_bytes(grey_png(rows, depth))
-    assert data.read_label(str(tmp_path / "x.png"), data.lookup_table(range(16), [255])).tolist() == rows
+    assert (
+        benchmarks.read_label(
+            str(tmp_path / "x.png"), benchmarks.lookup_table(range(16), [255])
+        ).tolist()
+        == rows
+    )
 
 
 def test_a_label_of_one_bit_is_zeros_and_ones(tmp_path):
     values = np.array([[0, 1, 1], [1, 0, 0]], dtype=np.uint8)
     Image.fromarray(values.astype(bool)).save(tmp_path / "x.png")
-    assert data.read_label(str(tmp_path / "x.png"), data.lookup_table(range(2), [255])).tolist() == values.tolist()
+    assert (
+        benchmarks.read_label(
+            str(tmp_path / "x.png"), benchmarks.lookup_table(range(2), [255])
+        ).tolist()
+        == values.tolist()
+    )
 
 
 # ---- the eight benchmarks ----
@@ -190,7 +215,7 @@ def test_a_benchmark_in_its_own_layout_reads_every_stored_value(tmp_path, name):
     """The original files first; the converted ones are preferred once they are there."""
     for converted in (False, True):
         labels = make_benchmark(tmp_path, name, converted=converted)
-        read = data.read_set(name, str(tmp_path))
+        read = benchmarks.read_set(name, str(tmp_path))
         ids = ["one", "two"] if name != "cityscapes" else ["ulm/one", "ulm/two"]
         assert [i for i, *_ in read.items] == ids and read.full == RULES[name]["images"]
         _, _, path, lut = read.items[0]
@@ -198,18 +223,26 @@ def test_a_benchmark_in_its_own_layout_reads_every_stored_value(tmp_path, name):
         expected = [expected_class(name, path, value) for value in range(256)]
         allowed = [value for value in range(256) if expected[value] != -1]
         Image.fromarray(np.array([allowed], dtype=np.uint8)).save(path)
-        assert data.read_label(path, lut).tolist() == [[expected[value] for value in allowed]]
+        assert benchmarks.read_label(path, lut).tolist() == [[expected[value] for value in allowed]]
         for value in sorted({*range(256)} - {*allowed})[::25]:
             Image.fromarray(np.full((2, 3), value, dtype=np.uint8)).save(path)
-            with pytest.raises(data.DataError, match=f"{labels[0].name}: label value {value} is outside"):
-                data.read_label(path, lut)
-        assert [k for k in range(256) if lut[k] == data.INVALID] == [k for k in range(256) if expected[k] == -1]
+            with pytest.raises(
+                files.InputError, match=f"{labels[0].name}: label value {value} is outside"
+            ):
+                benchmarks.read_label(path, lut)
+        assert [k for k in range(256) if lut[k] == benchmarks.INVALID] == [
+            k for k in range(256) if expected[k] == -1
+        ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_colours_are_those_of_the_protocol(name):
-    found, rule = data.BENCHMARKS[name], RULES[name]
-    assert found.classes == rule["classes"] and found.palette == rule["palette"] and found.title == rule["title"]
+    found, rule = benchmarks.BENCHMARKS[name], RULES[name]
+    assert (
+        found.classes == rule["classes"]
+        and found.palette == rule["palette"]
+        and found.title == rule["title"]
+    )
     assert found.background == rule["background"]
     assert list(found.partial) == RULES["partial_classes"].get(name, [])
 
@@ -219,35 +252,68 @@ PINNED = {  # stored value -> class, from the label lists that come with the dat
     "voc20": {0: None, 1: "aeroplane", 15: "person", 20: "tvmonitor", 255: None},
     "context": {0: "background", 1: "aeroplane", 37: "person", 59: "wood", 255: None},
     "context59": {0: None, 1: "aeroplane", 37: "person", 59: "wood", 255: None},
-    "coco_object": {0: "person", 12: "stop sign", 15: "bird", 89: "toothbrush", 11: "background", 91: "background"}
+    "coco_object": {
+        0: "person",
+        12: "stop sign",
+        15: "bird",
+        89: "toothbrush",
+        11: "background",
+        91: "background",
+    }
     | {148: "background", 255: "background"},
-    "coco_stuff": {0: "person", 12: "stop sign", 89: "toothbrush", 91: "banner", 123: "grass", 148: "road"}
+    "coco_stuff": {
+        0: "person",
+        12: "stop sign",
+        89: "toothbrush",
+        91: "banner",
+        123: "grass",
+        148: "road",
+    }
     | {156: "sky-other", 168: "tree", 181: "wood", 11: None, 90: None, 182: None, 255: None},
-    "cityscapes": {7: "road", 8: "sidewalk", 11: "building", 17: "pole", 20: "traffic sign", 24: "person", 26: "car"}
+    "cityscapes": {
+        7: "road",
+        8: "sidewalk",
+        11: "building",
+        17: "pole",
+        20: "traffic sign",
+        24: "person",
+        26: "car",
+    }
     | {28: "bus", 31: "train", 33: "bicycle", 0: None, 9: None, 18: None, 29: None, 255: None},
-    "ade20k": {0: None, 1: "wall", 3: "sky", 5: "tree", 8: "bed ", 13: "person", 150: "flag", 255: None},
+    "ade20k": {
+        0: None,
+        1: "wall",
+        3: "sky",
+        5: "tree",
+        8: "bed ",
+        13: "person",
+        150: "flag",
+        255: None,
+    },
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_known_values_have_known_names(name):
-    found = data.BENCHMARKS[name]
+    found = benchmarks.BENCHMARKS[name]
     lut = found.labels[-1][1]
     for value, expected in PINNED[name].items():
-        assert (None if lut[value] == data.IGNORE else found.classes[lut[value]]) == expected, value
+        assert (
+            None if lut[value] == benchmarks.IGNORE else found.classes[lut[value]]
+        ) == expected, value
 
 
 def test_files_that_archives_bring_along_are_no_images(tmp_path):
     for path in make_benchmark(tmp_path, "ade20k"):
         image = tmp_path / "ade/ADEChallengeData2016/images/validation" / f"._{path.stem}.jpg"
         image.write_bytes(b"of another system")
-    assert len(data.read_set("ade20k", str(tmp_path))) == 2
+    assert len(benchmarks.read_set("ade20k", str(tmp_path))) == 2
 
 
 def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     def message(name):
-        with pytest.raises(data.DataError) as error:
-            data.read_set(name, str(tmp_path))
+        with pytest.raises(files.InputError) as error:
+            benchmarks.read_set(name, str(tmp_path))
         return str(error.value)
 
     for name in NAMES:
@@ -255,8 +321,11 @@ def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2010"
     (root / "JPEGImages").mkdir(parents=True)
     line = message("context")
-    assert f"{root / 'SegmentationClassContext'}, {root / 'ImageSets/SegmentationContext/val.txt'} missing" in line
-    assert "JPEGImages" not in line and "python data.py prepare-context" in line
+    assert (
+        f"{root / 'SegmentationClassContext'}, {root / 'ImageSets/SegmentationContext/val.txt'} missing"
+        in line
+    )
+    assert "JPEGImages" not in line and "python benchmarks.py prepare-context" in line
     for label in make_benchmark(tmp_path, "voc", ids=("a", "b", "c"))[1:]:
         label.unlink()
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/b.jpg").unlink()
@@ -266,7 +335,10 @@ def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     (voc / "ImageSets/Segmentation/val.txt").write_text("d\ne\nf\n")
     assert message("voc").endswith("f.jpg and 1 more images or labels missing")
     make_benchmark(tmp_path, "coco_object")[1].unlink()
-    assert message("coco_stuff") == f"coco_stuff: {tmp_path / 'coco_stuff164k/annotations/val2017/two.png'} missing"
+    assert (
+        message("coco_stuff")
+        == f"coco_stuff: {tmp_path / 'coco_stuff164k/annotations/val2017/two.png'} missing"
+    )
     (tmp_path / "cityscapes/leftImg8bit/val").mkdir(parents=True)
     (tmp_path / "cityscapes/gtFine/val").mkdir(parents=True)
     assert message("cityscapes").startswith("cityscapes: no *_leftImg8bit.png under ")
@@ -283,23 +355,32 @@ def test_all_that_is_missing_of_a_benchmark_is_one_line(tmp_path):
     ],
 )
 def test_unknown_names_get_the_close_ones(name, close):
-    with pytest.raises(data.DataError, match=f"--datasets {name}: unknown; did you mean {close}.*, or a SPEC.json"):
-        data.read_set(name, "data")
+    with pytest.raises(
+        files.InputError,
+        match=f"--datasets {name}: unknown; did you mean {close}.*, or a SPEC.json",
+    ):
+        benchmarks.read_set(name, "data")
 
 
-# ---- python data.py check ----
+# ---- python benchmarks.py check ----
 
 
 def checked(capsys, names, data_root, workers=1):
     """(exit code, {set: its row}, the lines below the table) of check_sets."""
-    code = data.check_sets(names, str(data_root), workers)
+    code = benchmarks.check_sets(names, str(data_root), workers)
     table, _, below = capsys.readouterr().out.partition("\n\n")
-    return code, {line.split()[0]: line.split()[1:] for line in table.splitlines()}, below.splitlines()
+    return (
+        code,
+        {line.split()[0]: line.split()[1:] for line in table.splitlines()},
+        below.splitlines(),
+    )
 
 
 def test_check_is_content_with_whole_sets_alone(tmp_path, capsys, monkeypatch):
     for name in ("voc", "voc20", "coco_object"):
-        monkeypatch.setitem(data.BENCHMARKS, name, dataclasses.replace(data.BENCHMARKS[name], full=2))
+        monkeypatch.setitem(
+            benchmarks.BENCHMARKS, name, dataclasses.replace(benchmarks.BENCHMARKS[name], full=2)
+        )
     make_benchmark(tmp_path, "voc")
     make_benchmark(tmp_path, "coco_object", values=((0, 89), (181, 255)))
     code, rows, below = checked(capsys, ["voc", "voc20", "coco_object"], tmp_path, workers=2)
@@ -315,7 +396,9 @@ def test_check_is_content_with_whole_sets_alone(tmp_path, capsys, monkeypatch):
 
 
 def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(data.BENCHMARKS, "voc", dataclasses.replace(data.BENCHMARKS["voc"], full=9))
+    monkeypatch.setitem(
+        benchmarks.BENCHMARKS, "voc", dataclasses.replace(benchmarks.BENCHMARKS["voc"], full=9)
+    )
     labels = make_benchmark(tmp_path, "voc", ids="abcdefghi")
     Image.fromarray(np.full((2, 2), 21, dtype=np.uint8)).save(labels[0])
     Image.fromarray(np.zeros((2, 3), dtype=np.uint8)).save(labels[1])
@@ -343,16 +426,18 @@ def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
 
 def test_check_on_the_command_line(tmp_path):
     spec = make_set(tmp_path / "mine", n=2)
-    result = run("data.py", "check", "--datasets", spec, "--workers", 1)
-    assert result.returncode == 0 and re.search(r"mine +ok +2 of 2 +0-2 255 +0-2 255\n", result.stdout), result.stderr
-    result = run("data.py", "check", "--data-root", tmp_path)
+    result = run("benchmarks.py", "check", "--datasets", spec, "--workers", 1)
+    assert result.returncode == 0 and re.search(
+        r"mine +ok +2 of 2 +0-2 255 +0-2 255\n", result.stdout
+    ), result.stderr
+    result = run("benchmarks.py", "check", "--data-root", tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for name in NAMES:
         assert re.search(rf"^{name} +missing$", result.stdout, re.M)
         assert f"\n{name}: {tmp_path / RULES[name]['root']} missing" in result.stdout
 
 
-# ---- python data.py prepare-context ----
+# ---- python benchmarks.py prepare-context ----
 
 # What scipy.io.savemat wrote of GENUINE as LabelMap, with and without do_compression; here zlib and base85 around it.
 GENUINE = [[13 * (7 * y + x) for x in range(7)] for y in range(5)]
@@ -373,8 +458,12 @@ def element(kind, body, order):
 
 def mat_file(values, name="LabelMap", order="<", compress=True, kind=4):
     """A MATLAB 5 MAT-file of one uint16 matrix, written from the format's description; kind: how values are stored."""
-    stored = np.array(values).astype(np.dtype({2: "u1", 4: "u2", 9: "f8"}[kind]).newbyteorder(order))
-    small = struct.pack(order + "I", len(name) << 16 | 1) + name.encode().ljust(4, b"\0")  # the form of short elements
+    stored = np.array(values).astype(
+        np.dtype({2: "u1", 4: "u2", 9: "f8"}[kind]).newbyteorder(order)
+    )
+    small = struct.pack(order + "I", len(name) << 16 | 1) + name.encode().ljust(
+        4, b"\0"
+    )  # the form of short elements
     body = element(6, struct.pack(order + "II", 11, 0), order) + element(
         5, struct.pack(order + "2i", *stored.shape), order
     )
@@ -388,9 +477,9 @@ def mat_file(values, name="LabelMap", order="<", compress=True, kind=4):
 @pytest.mark.parametrize("kind", list(SCIPY))
 def test_mat_files_of_scipy_are_read(tmp_path, kind):
     (tmp_path / "x.mat").write_bytes(zlib.decompress(base64.b85decode(SCIPY[kind])))
-    assert data.read_mat(tmp_path / "x.mat", "LabelMap").tolist() == GENUINE
-    with pytest.raises(data.DataError, match="x.mat: holds no matrix Other"):
-        data.read_mat(tmp_path / "x.mat", "Other")
+    assert benchmarks.read_mat(tmp_path / "x.mat", "LabelMap").tolist() == GENUINE
+    with pytest.raises(files.InputError, match="x.mat: holds no matrix Other"):
+        benchmarks.read_mat(tmp_path / "x.mat", "Other")
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -398,23 +487,40 @@ def test_mat_files_of_scipy_are_read(tmp_path, kind):
 def test_mat_files_of_any_order_type_and_size_are_read(tmp_path, order, compress):
     path = tmp_path / "x.mat"
     rng = np.random.default_rng(0)
-    for shape, kind in (((375, 500), 4), ((500, 333), 2), ((1, 1), 2), ((1, 3), 4), ((2, 3), 9), ((7, 5), 2)):
+    for shape, kind in (
+        ((375, 500), 4),
+        ((500, 333), 2),
+        ((1, 1), 2),
+        ((1, 3), 4),
+        ((2, 3), 9),
+        ((7, 5), 2),
+    ):
         values = rng.integers(0, 256 if kind == 2 else 460, shape)
-        first = mat_file(rng.integers(0, 9, (3, 3)), "odd", order, compress)  # another variable before it
+        first = mat_file(
+            rng.integers(0, 9, (3, 3)), "odd", order, compress
+        )  # another variable before it
         path.write_bytes(first + mat_file(values, "LabelMap", order, not compress, kind)[128:])
-        assert np.array_equal(data.read_mat(path, "LabelMap"), values)
-        assert data.read_mat(path, "odd").shape == (3, 3)
+        assert np.array_equal(benchmarks.read_mat(path, "LabelMap"), values)
+        assert benchmarks.read_mat(path, "odd").shape == (3, 3)
 
 
 def test_mat_files_that_cannot_be_read_are_named(tmp_path):
     whole, path = mat_file(GENUINE, compress=False), tmp_path / "x.mat"
     hdf5 = whole[:124] + b"\0\2IM" + whole[128:]
-    for content in (whole[:200], whole[:-5], mat_file(GENUINE)[:-5], b"", b"short", hdf5, b"\x89HDF" * 99):
+    for content in (
+        whole[:200],
+        whole[:-5],
+        mat_file(GENUINE)[:-5],
+        b"",
+        b"short",
+        hdf5,
+        b"\x89HDF" * 99,
+    ):
         path.write_bytes(content)
-        with pytest.raises(data.DataError, match="x.mat: cut off, or not a MATLAB 5 MAT-file"):
-            data.read_mat(path, "LabelMap")
-    with pytest.raises(data.DataError, match="no.mat: cut off, or not"):
-        data.read_mat(tmp_path / "no.mat", "LabelMap")
+        with pytest.raises(files.InputError, match="x.mat: cut off, or not a MATLAB 5 MAT-file"):
+            benchmarks.read_mat(path, "LabelMap")
+    with pytest.raises(files.InputError, match="no.mat: cut off, or not"):
+        benchmarks.read_mat(tmp_path / "no.mat", "LabelMap")
 
 
 KNOWN_IDS = {  # from labels.txt of the 459 classes
@@ -426,9 +532,12 @@ KNOWN_IDS = {  # from labels.txt of the 459 classes
 
 
 def test_the_ids_of_the_459_classes_have_their_names():
-    names = data.BENCHMARKS["context"].classes
-    assert data.CONTEXT_IDS == RULES["context_ids"] and len(names) == len(data.CONTEXT_IDS) == 60
-    assert {i: names[data.CONTEXT_IDS.index(i)] for i in KNOWN_IDS} == KNOWN_IDS
+    names = benchmarks.BENCHMARKS["context"].classes
+    assert (
+        benchmarks.CONTEXT_IDS == RULES["context_ids"]
+        and len(names) == len(benchmarks.CONTEXT_IDS) == 60
+    )
+    assert {i: names[benchmarks.CONTEXT_IDS.index(i)] for i in KNOWN_IDS} == KNOWN_IDS
 
 
 def make_mats(data_root, ids=("a", "b", "c"), without=()):
@@ -446,19 +555,21 @@ def make_mats(data_root, ids=("a", "b", "c"), without=()):
 
 def test_prepare_context_makes_what_the_benchmark_reads(tmp_path):
     root, maps = make_mats(tmp_path)
-    result = run("data.py", "prepare-context", "--data-root", tmp_path, "--workers", 2)
+    result = run("benchmarks.py", "prepare-context", "--data-root", tmp_path, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "val.txt: 3 images; 3 label PNGs written, 0 were there" in result.stdout
     assert "warning: the benchmark has 5104 images, so results are marked partial" in result.stderr
-    found = data.read_set("context", str(tmp_path))
+    found = benchmarks.read_set("context", str(tmp_path))
     assert [i for i, *_ in found.items] == ["a", "b", "c"] and not list(root.rglob("*.tmp"))
     for i, _, path, lut in found.items:
-        label = data.read_label(path, lut)
-        for y, row in enumerate(maps[i].tolist()):  # one pixel after the other, by the rule in words
+        label = benchmarks.read_label(path, lut)
+        for y, row in enumerate(
+            maps[i].tolist()
+        ):  # one pixel after the other, by the rule in words
             for x, k in enumerate(row):
                 expected = RULES["context_ids"].index(k) if k in RULES["context_ids"] else 0
                 assert label[y, x] == expected
-    data.check_labels(found)
+    benchmarks.check_labels(found)
     with Image.open(found.items[0][2]) as image:
         assert image.mode == "P" and image.getpalette()[3:6] == RULES["context"]["palette"][1]
 
@@ -466,20 +577,25 @@ def test_prepare_context_makes_what_the_benchmark_reads(tmp_path):
 def test_prepare_context_goes_on_where_it_was(tmp_path, capsys):
     root, maps = make_mats(tmp_path)
     (root / "trainval/b.mat").write_bytes(mat_file(maps["b"])[:-9])
-    with pytest.raises(data.DataError, match="b.mat: cut off"):
-        data.prepare_context(str(tmp_path))
-    labels, listed = root / "SegmentationClassContext", root / "ImageSets/SegmentationContext/val.txt"
+    with pytest.raises(files.InputError, match="b.mat: cut off"):
+        benchmarks.prepare_context(str(tmp_path))
+    labels, listed = (
+        root / "SegmentationClassContext",
+        root / "ImageSets/SegmentationContext/val.txt",
+    )
     assert [p.name for p in labels.iterdir()] == ["a.png"] and not listed.exists()
     made = (labels / "a.png").stat()
     (root / "trainval/b.mat").write_bytes(mat_file(maps["b"]))
-    assert data.prepare_context(str(tmp_path)) == 0
+    assert benchmarks.prepare_context(str(tmp_path)) == 0
     assert "2 label PNGs written, 1 were there" in capsys.readouterr().out
-    assert (labels / "a.png").stat().st_mtime_ns == made.st_mtime_ns and listed.read_text() == "a\nb\nc\n"
+    assert (
+        labels / "a.png"
+    ).stat().st_mtime_ns == made.st_mtime_ns and listed.read_text() == "a\nb\nc\n"
 
 
 def test_an_interrupted_file_is_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        data.write_whole(tmp_path / "x.png", interrupted)
+        files.write_whole(tmp_path / "x.png", interrupted)
     assert not (tmp_path / "x.png").exists()
 
 
@@ -491,32 +607,40 @@ def interrupted(path):
 def test_prepare_context_takes_the_best_list_there_is(tmp_path):
     root, _ = make_mats(tmp_path, without=("b",))
     listed = root / "ImageSets/SegmentationContext/val.txt"
-    data.prepare_context(str(tmp_path))
+    benchmarks.prepare_context(str(tmp_path))
     assert listed.read_text() == "a\nc\n"  # VOC2010's images that have a .mat file
-    images = [{"file_name": f"{i}.jpg", "phase": phase} for i, phase in (("c", "val"), ("train", "train"))]
+    images = [
+        {"file_name": f"{i}.jpg", "phase": phase} for i, phase in (("c", "val"), ("train", "train"))
+    ]
     (root / "trainval_merged.json").write_text(json.dumps({"images": images}))
-    data.prepare_context(str(tmp_path))
+    benchmarks.prepare_context(str(tmp_path))
     assert listed.read_text() == "a\nc\n"
     listed.write_bytes(b"c\r\n\r\na")
-    data.prepare_context(str(tmp_path))
+    benchmarks.prepare_context(str(tmp_path))
     assert listed.read_bytes() == b"c\r\n\r\na"  # a val.txt that is there is never written again
     listed.unlink()
-    data.prepare_context(str(tmp_path))
+    benchmarks.prepare_context(str(tmp_path))
     assert listed.read_text() == "c\n"
     listed.unlink()
     for content in ("{}", "[", '{"images": [{"phase": "val"}]}'):
         (root / "trainval_merged.json").write_text(content)
-        with pytest.raises(data.DataError, match="trainval_merged.json: has no images"):
-            data.prepare_context(str(tmp_path))
+        with pytest.raises(files.InputError, match="trainval_merged.json: has no images"):
+            benchmarks.prepare_context(str(tmp_path))
     listed.write_text("b\n")
-    with pytest.raises(data.DataError, match="b.mat: 1 of the val images"):
-        data.prepare_context(str(tmp_path))
+    with pytest.raises(files.InputError, match="b.mat: 1 of the val images"):
+        benchmarks.prepare_context(str(tmp_path))
 
 
-def test_prepare_context_says_nothing_of_partial_when_the_benchmark_is_whole(tmp_path, capsys, monkeypatch):
+def test_prepare_context_says_nothing_of_partial_when_the_benchmark_is_whole(
+    tmp_path, capsys, monkeypatch
+):
     make_mats(tmp_path)
-    monkeypatch.setitem(data.BENCHMARKS, "context", dataclasses.replace(data.BENCHMARKS["context"], full=3))
-    data.prepare_context(str(tmp_path))
+    monkeypatch.setitem(
+        benchmarks.BENCHMARKS,
+        "context",
+        dataclasses.replace(benchmarks.BENCHMARKS["context"], full=3),
+    )
+    benchmarks.prepare_context(str(tmp_path))
     assert "warning" not in capsys.readouterr().err
 
 
@@ -524,27 +648,45 @@ def test_prepare_context_says_nothing_of_partial_when_the_benchmark_is_whole(tmp
 def test_ids_that_are_none_of_the_459_are_named(tmp_path, value):
     root, maps = make_mats(tmp_path)
     (root / "trainval/a.mat").write_bytes(mat_file(np.where(maps["a"] == 7, value, maps["a"])))
-    with pytest.raises(data.DataError, match=f"a.mat: LabelMap holds .*{value}; PASCAL Context's ids are 0 to 459"):
-        data.prepare_context(str(tmp_path))
+    with pytest.raises(
+        files.InputError,
+        match=f"a.mat: LabelMap holds .*{value}; PASCAL Context's ids are 0 to 459",
+    ):
+        benchmarks.prepare_context(str(tmp_path))
     assert not list(root.rglob("*.png")) and not list(root.rglob("SegmentationContext/*"))
 
 
 @pytest.mark.parametrize("value", [7.5, np.nan, np.inf])
 def test_ids_that_are_not_whole_are_refused(tmp_path, value):
     root, maps = make_mats(tmp_path)
-    (root / "trainval/a.mat").write_bytes(mat_file(np.where(maps["a"] == 7, value, maps["a"]), kind=9))
-    with pytest.raises(data.DataError, match="a.mat: LabelMap holds values that are not whole"):
-        data.prepare_context(str(tmp_path))
+    (root / "trainval/a.mat").write_bytes(
+        mat_file(np.where(maps["a"] == 7, value, maps["a"]), kind=9)
+    )
+    with pytest.raises(files.InputError, match="a.mat: LabelMap holds values that are not whole"):
+        benchmarks.prepare_context(str(tmp_path))
 
 
 def test_prepare_context_refuses_in_one_line(tmp_path):
-    check_refused(run("data.py", "prepare-context", "--data-root", tmp_path), 1, "trainval: no such folder", "--mat")
+    check_refused(
+        run("benchmarks.py", "prepare-context", "--data-root", tmp_path),
+        1,
+        "trainval: no such folder",
+        "--mat",
+    )
     (tmp_path / "mats").mkdir()
-    with pytest.raises(data.DataError, match="ImageSets/Main/val.txt: the list of image ids is missing"):
-        data.main(data.parse_args(["prepare-context", "--data-root", str(tmp_path), "--mat", str(tmp_path / "mats")]))
+    with pytest.raises(
+        files.InputError, match="ImageSets/Main/val.txt: the list of image ids is missing"
+    ):
+        benchmarks.main(
+            benchmarks.parse_args(
+                ["prepare-context", "--data-root", str(tmp_path), "--mat", str(tmp_path / "mats")]
+            )
+        )
     make_mats(tmp_path)
-    with pytest.raises(data.DataError, match="mats: all of the val images' .mat files are missing"):
-        data.prepare_context(str(tmp_path), str(tmp_path / "mats"))
+    with pytest.raises(
+        files.InputError, match="mats: all of the val images' .mat files are missing"
+    ):
+        benchmarks.prepare_context(str(tmp_path), str(tmp_path / "mats"))
 
 
 @pytest.mark.parametrize(
@@ -558,24 +700,24 @@ def test_prepare_context_refuses_in_one_line(tmp_path):
 )
 def test_wrong_data_commands_are_refused(capsys, line, message):
     with pytest.raises(SystemExit) as stop:
-        data.parse_args(line.split())
+        benchmarks.parse_args(line.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_every_data_command_of_the_readme_and_the_docstring_is_accepted():
     text = (conftest.ROOT / "README.md").read_text() + ast.get_docstring(
-        ast.parse((conftest.ROOT / "data.py").read_text())
+        ast.parse((conftest.ROOT / "benchmarks.py").read_text())
     )
     lines = re.findall(r"python data\.py +([^#`\n]+)", text)
     assert {line.split()[0] for line in lines} == {"check", "prepare-context"} and len(lines) >= 4
     for line in lines:
-        data.parse_args([word.strip("'") for word in line.split()])
+        benchmarks.parse_args([word.strip("'") for word in line.split()])
 
 
 def test_a_list_names_each_image_once_and_may_begin_with_a_mark(tmp_path):
     spec = make_set(tmp_path / "set", n=2, list="ids.txt")
     (tmp_path / "set" / "ids.txt").write_bytes(b"\xef\xbb\xbf1\n0\n")
-    assert [item[0] for item in data.read_spec(spec).items] == ["1", "0"]
+    assert [item[0] for item in benchmarks.read_spec(spec).items] == ["1", "0"]
     (tmp_path / "set" / "ids.txt").write_text("0\n1\n0\n")
-    with pytest.raises(data.DataError, match="ids.txt: holds 0 twice"):
-        data.read_spec(spec)
+    with pytest.raises(files.InputError, match="ids.txt: holds 0 twice"):
+        benchmarks.read_spec(spec)

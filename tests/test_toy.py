@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import backbone
+import benchmarks
 import data
 import evaluate
 import gcl
@@ -25,7 +27,10 @@ def world(tmp_path_factory):
     patch.setattr(toy, "PER_SHARD", 60)
     patch.setattr(toy, "HELD_OUT", 40)
     images, captions = toy.draw_shard((folder / "train-000.tar", 5, 0))
-    held_out = [toy.draw_held_out((folder / name, 5, number)) for number, name in enumerate(("stuff", "background"), 1)]
+    held_out = [
+        toy.draw_held_out((folder / name, 5, number))
+        for number, name in enumerate(("stuff", "background"), 1)
+    ]
     patch.undo()
     return folder, images, captions, held_out
 
@@ -62,21 +67,27 @@ def test_captions_name_only_what_is_seen():
             assert name not in words or pixels >= toy.VISIBLE[name in toy.STUFF]
     objects = sum(named[n] for n in toy.OBJECTS) / sum(seen[n] for n in toy.OBJECTS)
     stuff = sum(named[n] for n in toy.STUFF) / sum(seen[n] for n in toy.STUFF)
-    assert 0.70 < objects < 0.80 and 0.42 < stuff < 0.62  # 0.75 and 0.45; a caption that would be empty names one
+    assert (
+        0.70 < objects < 0.80 and 0.42 < stuff < 0.62
+    )  # 0.75 and 0.45; a caption that would be empty names one
 
 
 def test_the_held_out_sets_are_what_evaluate_reads(world):
     folder, _, _, held_out = world
     for name, (images, labels) in zip(("stuff", "background"), held_out, strict=True):
-        found = data.read_spec(str(folder / name / "SPEC.json"))
-        data.check_labels(found)
+        found = benchmarks.read_spec(str(folder / name / "SPEC.json"))
+        benchmarks.check_labels(found)
         assert len(found) == 40 and found.background is (name == "background")
         for k, (_, image, label, lut) in enumerate(found.items):
-            stored = data.read_label(label, lut)
+            stored = benchmarks.read_label(label, lut)
             assert np.array_equal(np.array(Image.open(image)), images[k])
             names = np.array(found.classes)[stored]
             drawn = np.array(toy.CLASSES)[labels[k]]
-            expected = np.where(np.isin(drawn, list(toy.OBJECTS)), drawn, "background") if found.background else drawn
+            expected = (
+                np.where(np.isin(drawn, list(toy.OBJECTS)), drawn, "background")
+                if found.background
+                else drawn
+            )
             assert (names == expected).all()
 
 
@@ -100,21 +111,48 @@ def test_the_rows_are_those_of_table_2():
 def test_rows_are_trained_and_evaluated_through_the_command_lines(tmp_path, monkeypatch):
     """The arguments that toy.py builds are ones that train.py and evaluate.py accept, with the losses of the row."""
     calls = []
-    monkeypatch.setattr(toy, "call", lambda script, *args: calls.append((script, [str(a) for a in args])))
+    monkeypatch.setattr(
+        toy, "call", lambda script, *args: calls.append((script, [str(a) for a in args]))
+    )
     toy.train_row("without area", tmp_path, 3)
     (tmp_path / "gcl" / "eval").mkdir(parents=True)
     (tmp_path / "maskclip" / "eval").mkdir(parents=True)
-    sets = {"stuff": {"miou": 3.0}, "background": {"miou": 1.0, "sweep": {"0.05": 1.5, "0.50": 1.0}}}
+    sets = {
+        "stuff": {"miou": 3.0},
+        "background": {"miou": 1.0, "sweep": {"0.05": 1.5, "0.50": 1.0}},
+    }
     for row in ("GCL", "MaskCLIP"):
         (tmp_path / row.lower() / "eval/results.json").write_text(json.dumps({"datasets": sets}))
-        assert toy.evaluate_row(row, tmp_path) == {"stuff": 3.0, "background": 1.0, "background_best": 1.5}
+        assert toy.evaluate_row(row, tmp_path) == {
+            "stuff": 3.0,
+            "background": 1.0,
+            "background_best": 1.5,
+        }
     assert [script for script, _ in calls] == ["train.py", "evaluate.py", "evaluate.py"]
     args = train.parse_args(calls[0][1])
-    assert (args.lambda_area, args.lambda_tv, args.seed, args.losses) == (0.0, 1.0, 3, ["gcl_v", "gcl_f"])
-    assert (args.area_prior, args.lambda_gcl, args.image_size, args.recipe) == (0.4, 0.1, 48, "paper")
+    assert (args.lambda_area, args.lambda_tv, args.seed, args.losses) == (
+        0.0,
+        1.0,
+        3,
+        ["gcl_v", "gcl_f"],
+    )
+    assert (args.area_prior, args.lambda_gcl, args.image_size, args.recipe) == (
+        0.4,
+        0.1,
+        48,
+        "paper",
+    )
     trained, plain = (evaluate.parse_args(arguments) for _, arguments in calls[1:])
-    assert trained.method == "gcl" and plain.method == "maskclip" and plain.pretrained.endswith("toy-clip.pt")
-    assert trained.bg_threshold == plain.bg_threshold == 0.5 and trained.sweep_threshold and not trained.pamr
+    assert (
+        trained.method == "gcl"
+        and plain.method == "maskclip"
+        and plain.pretrained.endswith("toy-clip.pt")
+    )
+    assert (
+        trained.bg_threshold == plain.bg_threshold == 0.5
+        and trained.sweep_threshold
+        and not trained.pamr
+    )
 
 
 def test_a_failing_program_ends_the_toy_with_its_code(capsys):
@@ -155,7 +193,7 @@ def test_the_story_tells_the_step_that_training_takes(explained):
     """Its matrices give the losses of the model's own forward pass, its masks are those that the losses see."""
     out, net = explained
     images, texts = toy.story_pairs(out / "data/train-000.tar", 4)
-    tokens = gcl.tokenizer_of(net.clip)(texts)
+    tokens = backbone.tokenizer_of(net.clip)(texts)
     noise = torch.rand(4, 1, 24, 24)
     step = toy.one_step(net, toy.normalised(np.stack(images)), tokens, noise)
     scale, losses = 1 / 0.07, step["losses"]
@@ -165,7 +203,9 @@ def test_the_story_tells_the_step_that_training_takes(explained):
         assert losses[name].item() == pytest.approx(-(rows + columns).item() / 2, abs=1e-5)
     areas = step["mask"].mean((2, 3)).diagonal()
     assert losses["area_pos"].item() == pytest.approx(abs(0.4 - areas.mean().item()), abs=1e-6)
-    own = step["mask"][torch.arange(4), torch.arange(4)]  # a place is in where the noise is below the mask's odds
+    own = step["mask"][
+        torch.arange(4), torch.arange(4)
+    ]  # a place is in where the noise is below the mask's odds
     assert torch.equal(step["sample"][:, 0] > 0.5, own > 1 - noise[:, 0])
     assert not step["masked"][
         step["sample"].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1) < 0.5
@@ -175,7 +215,9 @@ def test_the_story_tells_the_step_that_training_takes(explained):
 def test_the_pairs_of_the_story_name_one_object_each(explained):
     images, texts = toy.story_pairs(explained[0] / "data/train-000.tar")
     named = [[name for name in toy.CLASSES if name in text] for text in texts]
-    assert len(images) == len(texts) >= 4 and all(len(names) == 1 and names[0] in toy.OBJECTS for names in named)
+    assert len(images) == len(texts) >= 4 and all(
+        len(names) == 1 and names[0] in toy.OBJECTS for names in named
+    )
     assert len({names[0] for names in named}) == len(texts)
 
 
@@ -189,8 +231,12 @@ def test_explain_draws_every_step_with_its_equation(explained, monkeypatch):
     monkeypatch.setattr(toy, "draw_cell", lambda page, x, y, cell, side: drawn.append((x, y, cell)) or paste(
         page, x, y, cell, side))  # fmt: skip
     toy.explain(out)
-    titles = [words for words in said if words[:2] in {f"{k}." for k in range(1, 10)} and "Eq." in words]
-    assert sorted({int(n) for title in titles for n in re.findall(r"\((\d+)\)", title)}) == list(range(2, 13))
+    titles = [
+        words for words in said if words[:2] in {f"{k}." for k in range(1, 10)} and "Eq." in words
+    ]
+    assert sorted({int(n) for title in titles for n in re.findall(r"\((\d+)\)", title)}) == list(
+        range(2, 13)
+    )
     assert len(drawn) == 9 * 2 - 1
     page = np.array(Image.open(out / "explain.png"))
     for x, y, cell in drawn:

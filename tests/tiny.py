@@ -59,7 +59,10 @@ def make_shards(folder, shards=2, pairs=10):
     for s in range(shards):
         members = []
         for k in range(pairs):
-            members += [(f"{s}{k:03d}.jpg", jpeg(100 * s + k)), (f"{s}{k:03d}.txt", f"picture {s} {k}".encode())]
+            members += [
+                (f"{s}{k:03d}.jpg", jpeg(100 * s + k)),
+                (f"{s}{k:03d}.txt", f"picture {s} {k}".encode()),
+            ]
         write_tar(folder / f"{s:03d}.tar", members)
     return str(folder / "*.tar")
 
@@ -72,18 +75,30 @@ def make_set(folder, n=5, background=False, sizes=((40, 32), (32, 48)), **spec):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for k in range(n):
         width, height = sizes[k % len(sizes)]
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"images/{k}.png")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            folder / f"images/{k}.png"
+        )
         label = rng.integers(0, len(classes), (height, width), dtype=np.uint8)
         label[:2] = 255
         Image.fromarray(label).save(folder / f"labels/{k}.png")
-    fields = {"name": folder.name, "images": "images", "labels": "labels", "image_suffix": ".png", "classes": classes}
+    fields = {
+        "name": folder.name,
+        "images": "images",
+        "labels": "labels",
+        "image_suffix": ".png",
+        "classes": classes,
+    }
     (folder / "SPEC.json").write_text(json.dumps(fields | {"background": background} | spec))
     return str(folder / "SPEC.json")
 
 
 def run(script, *args, ranks=1, **environment):
     """A script of the project as a subprocess, under torchrun for several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
