@@ -45,6 +45,7 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOSSES = ("gcl_v", "gcl_f", "cl")
 WEIGHTS = {"gcl": 0.1, "area": 0.4, "tv": 1.0}  # the lambdas of Sec. 4.1
 FORMAT = "gcl-1"
+FIELDS = {"area_prior": float, "clip": dict, "clip_crc": int, "losses": tuple, "recipe": dict}
 
 
 @dataclass(frozen=True)
@@ -345,20 +346,21 @@ def read_checkpoint(path):
 
     Nothing in its pickle is executed. Raises InputError for any other file.
     """
-    checkpoint = backbone.read_file(path)
+    checkpoint = backbone.read_file(path, verify=True)
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict):
+    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
         what = "not a GCL checkpoint (no 'model' entry); CLIP weights go to --pretrained"
         raise InputError(f"{path}: {what}")
-    if any(str(key).startswith("masker.") for key in model):
+    if any(key.startswith("masker.") for key in model):
         fields = {"format": FORMAT, "recipe": asdict(RECIPES["release"])}
         return fields | release.translate(model)
     if checkpoint.get("format") != FORMAT:
         what = "neither a checkpoint of this project nor the authors' release"
         raise InputError(f"{path}: {what}")
-    for name in ("area_prior", "clip", "clip_crc", "losses", "recipe"):
-        if name not in checkpoint:
-            raise InputError(f"{path}: an incomplete checkpoint, {name!r} is missing")
+    for name, kind in FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            what = f"an incomplete checkpoint, {name!r} is missing or of a wrong type"
+            raise InputError(f"{path}: {what}")
     return checkpoint
 
 
@@ -373,27 +375,32 @@ def load(path, model=None, pretrained=None, device="cpu"):
     state, source = checkpoint["model"], checkpoint["clip"]
     frozen = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
     if frozen and pretrained is None:
-        config = backbone.clip_config(model or source["config"])
+        config = backbone.clip_config(model or source.get("config"))
         clip = backbone.build_clip(config, frozen, path)
         clip.source = {"model": model, "pretrained": None, "config": config}
     else:
-        model, pretrained = model or source["model"], pretrained or source["pretrained"]
+        model, pretrained = model or source.get("model"), pretrained or source.get("pretrained")
         if model is None or pretrained is None:
             raise InputError(f"{path}: does not name its CLIP; give --model and --pretrained")
         if str(model).endswith(".json") and not os.path.isfile(model):
-            model = source["config"]  # the config file has moved, its content is here
-        clip, _ = load_clip(model, pretrained)
-    recipe = Recipe(**checkpoint["recipe"])
-    net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
+            model = source.get("config")  # the config file has moved, its content is here
+        clip, _ = load_clip(model, str(pretrained))
+    try:
+        recipe = Recipe(**checkpoint["recipe"])
+        torch.tensor(recipe.norm).view(2, 3)  # mean and std of three channels
+        net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"not a recipe and losses that this version has ({first_line(error)})"
+        raise InputError(f"{path}: {what}") from error
     restore(net, checkpoint, path)
     return net.to(device).eval()
 
 
 def restore(net, checkpoint, path):
     """Puts the trained part of a checkpoint into net; InputError when recipe or CLIP do not fit."""
-    recipe = Recipe(**checkpoint["recipe"])
-    if recipe != net.recipe:
-        raise InputError(f"{path}: has the recipe {recipe.name!r}, not {net.recipe.name!r}")
+    recipe, own = checkpoint["recipe"], asdict(net.recipe)
+    if own | recipe != own:  # one of an older version lacks what was added since
+        raise InputError(f"{path}: has the recipe {recipe.get('name')!r}, not {own['name']!r}")
     state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("clip.")}
     load_strict(net, state, path)
     if checkpoint["clip_crc"] not in (None, backbone.fingerprint(net.clip)):
