@@ -291,19 +291,22 @@ def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
     """
     config = clip_config(model)
     path = find_weights(model, pretrained)
-    quick = trained_with_quick_gelu(model, pretrained, path)
+    state, quick = read_weights(path) if path else (None, None)
+    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
+    if tag and not os.path.exists(str(pretrained)):
+        quick = bool(tag.get("quick_gelu", False))
+    own = config.get("quick_gelu", False)
     if path is None:
         print(f"warning: {model} with random weights (pretrained=None)", file=sys.stderr)
-    elif quick is None and "quick_gelu" not in (config if str(model).endswith(".json") else {}):
-        # LAION's weights under the default model would run QuickGELU, and nothing would tell.
-        name = "QuickGELU" if config.get("quick_gelu") else "GELU"
-        what = f"does not tell its activation: {name}, as {model} has it"
-        print(f"note: {path} {what} (names with -quickgelu have QuickGELU)", file=sys.stderr)
-    elif quick is not None and quick != config.get("quick_gelu", False):
+    elif quick not in (None, own):
         what = f"{pretrained} needs quick_gelu={quick}: corrected in the config of {model}"
         print(f"warning: {what}", file=sys.stderr)
         config["quick_gelu"] = quick
-    clip = build_clip(config, read_weights(path) if path else None, path)
+    elif quick is None and str(model) in open_clip.list_models():  # not a config of one's own
+        # LAION's weights under the default model would run QuickGELU, and nothing would tell.
+        what = f"does not tell its activation: {'QuickGELU' if own else 'GELU'}, as {model} has it"
+        print(f"note: {path} {what} (names with -quickgelu have QuickGELU)", file=sys.stderr)
+    clip = build_clip(config, state, path)
 
     def whole(name):  # path, so that a checkpoint finds its CLIP from any folder
         return os.path.abspath(name) if os.path.exists(name) else str(name)
@@ -377,7 +380,11 @@ def clip_config(model):
         near = ", ".join(difflib.get_close_matches(str(model), names))
         what = "neither a name that open_clip knows nor a .json file"
         raise InputError(f"--model {model}: {what}{near and '; near: '}{near}")
-    towers = [config.get(f"{name}_cfg") for name in ("vision", "text")] if config else [None]
+    towers = (
+        [config.get(f"{name}_cfg") for name in ("vision", "text")]
+        if isinstance(config, dict)
+        else [None]
+    )
     plain = (
         all(isinstance(tower, dict) for tower in towers)
         and "embed_dim" in config
@@ -409,23 +416,6 @@ def find_weights(model, pretrained):
     except Exception as error:  # every hub client has its own errors; the cause is kept
         what = f"the weights of {model} could not be downloaded ({first_line(error)})"
         raise InputError(f"--pretrained {pretrained}: {what}; {hint}") from error
-
-
-def trained_with_quick_gelu(model, pretrained, path):
-    """Whether the weights were trained with QuickGELU, None where their origin does not tell."""
-    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
-    if tag and not os.path.exists(str(pretrained)):
-        return bool(tag.get("quick_gelu", False))
-    # Only OpenAI hands out TorchScript archives.
-    return True if path and is_torchscript(path) else None
-
-
-def is_torchscript(path):
-    """Whether a file is a TorchScript archive, such as OpenAI's ViT-B-16.pt."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 class Attributes(dict):
@@ -478,18 +468,18 @@ def tensors_alone(path, verify):
     Raises InputError where it would unpack to more than it is, or (verify) where a bit is wrong.
     """
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if "/code/" not in member.filename]
-        if sum(member.file_size for member in members) > os.path.getsize(path):
+        names = [name for name in archive.namelist() if "/code/" not in name]
+        if sum(archive.getinfo(name).file_size for name in names) > os.path.getsize(path):
             raise InputError(f"{path}: compressed, which torch.save never does")
         if verify and (broken := archive.testzip()):
             raise InputError(f"{path}: damaged: {broken} is not what was written")
-        if not is_torchscript(path):
+        if len(names) == len(archive.namelist()):
             return open(path, "rb")
         copy_of = io.BytesIO()
         with zipfile.ZipFile(copy_of, "w") as alone:
-            for member in members:
-                if not member.filename.endswith("/constants.pkl"):  # torch.load refuses these
-                    alone.writestr(member.filename, archive.read(member))
+            for name in names:
+                if not name.endswith("/constants.pkl"):  # torch.load refuses these
+                    alone.writestr(name, archive.read(name))
     copy_of.seek(0)
     return copy_of
 
@@ -497,36 +487,38 @@ def tensors_alone(path, verify):
 def flatten(attributes):
     """State dict of the modules of a TorchScript archive: {"a": {"b": tensor}} -> {"a.b":
     tensor}."""
-    state, seen, todo = {}, set(), [("", attributes)]
-    while todo:
-        prefix, module = todo.pop()
-        if id(module) not in seen:  # a hostile file may hold a module within itself
-            seen.add(id(module))
-            for name, value in module.items():
-                if isinstance(value, Attributes):
-                    todo.append((f"{prefix}{name}.", value))
-                elif torch.is_tensor(value):
-                    state[f"{prefix}{name}"] = value
+    state, modules = {}, [("", attributes)]
+    for prefix, module in modules:  # a list that grows
+        for name, value in module.items():
+            if isinstance(value, Attributes):
+                modules.append((f"{prefix}{name}.", value))
+            elif torch.is_tensor(value):
+                state[prefix + name] = value
+        module.clear()  # so that it ends where a hostile file holds a module within itself
     return state
 
 
 def read_weights(path):
-    """CLIP's state dict from a local file of open_clip, OpenAI or Hugging Face, named as open_clip
-    names it. InputError when it holds none."""
-    state = read_file(path)
+    """(CLIP's state dict in open_clip's names, True for OpenAI's archive: trained with QuickGELU).
+
+    The file is of open_clip, OpenAI or Hugging Face. Raises InputError when it holds no CLIP.
+    """
+    state, quick = read_file(path), None
     if isinstance(state, Attributes):
         if "_modules" in state:
             raise InputError(f"{path}: a pickled model; save its state_dict() instead")
-        state = flatten(state)
+        state, quick = flatten(state), True  # only OpenAI hands out TorchScript archives
     for wrapper in ("state_dict", "model_state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
     state = {re.sub(PREFIX, "", str(key)): value for key, value in state.items()}
     state = {k: v for k, v in state.items() if k.split(".")[-1] not in BESIDE}
-    mine = any(key.startswith(("adapter.", "masker.")) for key in state)
-    if not state or mine or not all(map(torch.is_tensor, state.values())):
+    other = any(key.startswith(("adapter.", "masker.")) for key in state)
+    if not state or other or not all(map(torch.is_tensor, state.values())):
         what = "no CLIP state dict; a checkpoint of GCL goes to --checkpoint or --resume"
         raise InputError(f"{path}: {what}")
-    return release.from_hugging_face(state) if "visual_projection.weight" in state else state
+    if "visual_projection.weight" in state:
+        state = release.from_hugging_face(state)
+    return state, quick
 
 
 def load_strict(module, state, path):
