@@ -139,5 +139,7 @@ def total_variation(x):
     """
     if min(x.shape[-2:]) < 2:
         raise ValueError(f"a map of {x.shape[-2]} x {x.shape[-1]} has no neighbours along one axis")
-    rows, columns = (x.diff(dim=dim).abs().mean((-2, -1)) for dim in (-2, -1))  # each [...]
-    return rows + columns  # Eq. (11)
+    rows, columns = x.diff(dim=-2), x.diff(dim=-1)  # [..., H-1, W], [..., H, W-1]
+    sums = [torch.linalg.vector_norm(d, ord=1, dim=(-2, -1)) for d in (rows, columns)]  # each [...]
+    height, width = x.shape[-2:]
+    return sums[0] / ((height - 1) * width) + sums[1] / (height * (width - 1))  # Eq. (11)
