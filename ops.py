@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The small operations of Grounded Contrastive Learning, each one equation of the paper. Needs torch alone; copy it.
+"""The small operations of Grounded Contrastive Learning, each one equation of the paper.
 
-Legend for every shape: B local images, N texts of the global batch (N = B x ranks), C embedding size, H W mask grid.
-Each rank holds the rows of its own B images; without torch.distributed there is one rank and N = B. Every loss here is
-this rank's share: the mean over ranks, which DistributedDataParallel takes of the gradients, is the global batch's.
+Needs torch alone; copy it. Legend for every shape: B local images, N texts of the global batch
+(N = B x ranks), C embedding size, H W mask grid. Each rank holds the rows of its own B images;
+without torch.distributed there is one rank and N = B. Every loss here is this rank's share: the
+mean over ranks, which DistributedDataParallel takes of the gradients, is the global batch's.
 
 >>> similarity = torch.eye(4)
 >>> round(float(info_nce(similarity, torch.tensor(0.0))), 4)
@@ -13,7 +14,6 @@ this rank's share: the mean over ranks, which DistributedDataParallel takes of t
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # Paper silent: the release's floor for L2 norms and mask areas
 
@@ -31,7 +31,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """gradient: [N, ...] of this rank's loss. Returns that of all ranks' losses for this rank's rows, [B, ...]."""
+        """[N, ...] of this rank's loss -> [B, ...] of all ranks' losses for this rank's rows."""
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)  # every rank's loss counts for this rank's rows
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]  # [N, ...] -> [B, ...]
@@ -40,58 +40,39 @@ class _Gather(torch.autograd.Function):
 def gather(x):
     """Concatenates x of all ranks along the first axis; differentiable, the identity on one rank.
 
-    x: [B, ...], the same shape on every rank. Returns [N, ...], rank 0's rows first. The backward pass sums the
-    gradients that every rank's loss sends to this rank's rows (a plain all_gather would drop the other ranks' part).
+    x: [B, ...], the same shape on every rank. Returns [N, ...], rank 0's rows first. The backward
+    pass sums the gradients that every rank's loss sends to this rank's rows (a plain all_gather
+    would drop the other ranks' part).
     """
     return _Gather.apply(x.contiguous()) if _distributed() else x  # [N, ...]
 
 
 def positives(rows):
-    """Column indices [B] of this rank's own texts among the N of the global batch. rows: [B, N, ...].
+    """Column indices [B] of this rank's own texts among the N of the global batch.
 
-    Raises ValueError unless N = B x ranks.
+    rows: [B, N, ...]. Raises ValueError unless N = B x ranks.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
     n_images, n_texts = rows.shape[:2]
     if n_texts != n_images * ranks:
-        raise ValueError(f"{n_images} images on each of {ranks} ranks need {n_images * ranks} texts, got {n_texts}")
+        needed = f"{n_images} images on each of {ranks} ranks need {n_images * ranks} texts"
+        raise ValueError(f"{needed}, got {n_texts}")
     return torch.arange(n_images, device=rows.device) + rank * n_images  # [B]
 
 
-class _Normalize(torch.autograd.Function):
-    """y = x / |x| has the derivative (dy - y (y . dy)) / |x|: y is enough, where autograd would keep x too."""
-
-    @staticmethod
-    def forward(ctx, x, dim):
-        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-        y, ctx.dim = x / norm.clamp(min=EPS), dim
-        ctx.save_for_backward(y, norm)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        """gradient: as y. Returns that of x, and None for dim."""
-        y, norm = ctx.saved_tensors
-        along = (y * gradient).sum(ctx.dim, keepdim=True) * (norm > EPS)  # below the floor x is divided by a constant
-        return torch.addcmul(gradient, y, along, value=-1).div_(norm.clamp(min=EPS)), None
-
-
 def normalize(x, dim=-1):
-    """x / |x| along dim, with a floor of 1e-6 for |x|, which half precision can hold. Any shape; returns the same.
-
-    Differentiable once.
-    """
-    return _Normalize.apply(x, dim)
+    """x / |x| along dim, with a floor of 1e-6 for |x|, which half precision can hold."""
+    return F.normalize(x, dim=dim, eps=EPS)
 
 
 def info_nce(similarity, log_scale):
     """Symmetric InfoNCE of this rank's B images and its B texts against the global batch.
 
-    similarity: [B, N] cosines, row i is local image i against every text. log_scale: scalar, log(1 / tau); the scale is
-    clamped to at most 100 as in CLIP. Returns a scalar.
-    The text-to-image direction needs whole columns, so the rows of the matrix are gathered. Release differs: for
-    the feature-level loss it gathers pooled features, which pairs other ranks' images with the wrong texts.
+    similarity: [B, N] cosines, row i is local image i against every text. log_scale: scalar, log(1
+    / tau); the scale is clamped to at most 100 as in CLIP. Returns a scalar. The text-to-image
+    direction needs whole columns, so the rows of the matrix are gathered. Release differs: for the
+    feature-level loss it gathers pooled features, which pairs other ranks' images with the wrong
+    texts.
     """
     targets = positives(similarity)  # [B]
     scale = log_scale.exp().clamp(max=100.0)
@@ -102,10 +83,12 @@ def info_nce(similarity, log_scale):
 
 
 def gumbel_sigmoid(logits, noise, tau=1.0):
-    """Binary sample of a mask with the gradient of its relaxation (Jang et al. 2017, straight through), Fig. 3 line 14.
+    """Binary sample of a mask with the gradient of its relaxation, Fig. 3 line 14 (Jang et al.
+    2017).
 
-    logits: mask logits of any shape. noise: uniform in (0, 1), same shape. Returns values in {0, 1}.
-    Fig. 3 samples the mask after its sigmoid, but a sample needs logits: the release takes them, and so do we.
+    logits: mask logits of any shape. noise: uniform in (0, 1), same shape. Returns 0 or 1, straight
+    through. Fig. 3 samples the mask after its sigmoid, but a sample needs logits: the release takes
+    them, and so do we.
     """
     soft = torch.sigmoid((logits + torch.logit(noise, eps=1e-7)) / tau)
     hard = (soft > 0.5).to(soft.dtype)
@@ -122,12 +105,13 @@ def masked_pool(dense, masks):
 
 
 def pair_areas(areas):
-    """Mean area of this rank's positive and of its negative masks: [2]. areas: [B, N], one mask's mean over H, W each.
+    """Mean area of this rank's positive and of its negative masks: [2].
 
-    The mask of local image i and its own text is positive, the others are negative; without negatives their mean is 0.
+    areas: [B, N], one mask's mean over H, W each. The mask of local image i and its own text is
+    positive, the others are negative; without negatives their mean is 0.
     """
     targets = positives(areas)
-    is_positive = torch.zeros_like(areas).scatter_(1, targets.unsqueeze(1), 1.0)  # [B, N]
+    is_positive = F.one_hot(targets, areas.shape[1]).to(areas)  # [B, N]
     pos = (areas * is_positive).sum() / is_positive.sum()
     neg = (areas * (1 - is_positive)).sum() / (1 - is_positive).sum().clamp(min=1)
     return torch.stack([pos, neg])  # [2]
@@ -136,8 +120,8 @@ def pair_areas(areas):
 def area_prior(areas, p_pos=0.4, p_neg=0.0):
     """The two terms of the area prior over the global batch: (positive, negative), two scalars.
 
-    areas: [B, N] in [0, 1], the mean over H, W of the mask of local image i and text j. A global batch of one pair has
-    no negatives: its second term is 0.
+    areas: [B, N] in [0, 1], the mean over H, W of the mask of local image i and text j. A global
+    batch of one pair has no negatives: its second term is 0.
     """
     # The absolute value is of the expectation, so the mean over ranks comes first: |E| is not E| |.
     mean_pos, mean_neg = gather(pair_areas(areas).unsqueeze(0)).mean(0)  # [ranks, 2] -> 2 scalars
@@ -146,38 +130,16 @@ def area_prior(areas, p_pos=0.4, p_neg=0.0):
     return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs()  # Eq. (10)
 
 
-class _TotalVariation(torch.autograd.Function):
-    """The derivative of |x_p - x_q| is the sign of the difference at p, minus that at q: nothing but x has to be kept,
-    where autograd would keep every difference and pad the gradient of every slice with zeros."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        rows = (x[..., 1:, :] - x[..., :-1, :]).abs_().mean((-2, -1))  # [..., H-1, W] -> [...]
-        columns = (x[..., 1:] - x[..., :-1]).abs_().mean((-2, -1))  # [..., H, W-1] -> [...]
-        return rows + columns  # Eq. (11)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        """gradient: [...], one value a map. Returns that of x, [..., H, W]."""
-        (x,) = ctx.saved_tensors
-        total = torch.zeros_like(x)
-        for dim in (-2, -1):
-            n = x.shape[dim] - 1
-            sign = (x.narrow(dim, 1, n) - x.narrow(dim, 0, n)).sign_()  # [..., H-1, W], [..., H, W-1]
-            sign *= (gradient / (sign.shape[-2] * sign.shape[-1])).unsqueeze(-1).unsqueeze(-1)
-            total.narrow(dim, 1, n).add_(sign)
-            total.narrow(dim, 0, n).sub_(sign)
-        return total
-
-
 def total_variation(x):
     """Anisotropic total variation of the smooth prior, one value a map: the loss is their mean.
 
-    x: [..., H, W]. Returns [...]. Paper silent: the mean of |difference| along each axis, summed over the two axes (as
-    the release). Raises ValueError for a map of one row or one column: it has no differences along an axis.
+    x: [..., H, W]. Returns [...]. Paper silent: the mean of |difference| along each axis, summed
+    over the two axes (as the release). Raises ValueError for a map of one row or one column: it has
+    no differences along an axis.
     """
     if min(x.shape[-2:]) < 2:
         raise ValueError(f"a map of {x.shape[-2]} x {x.shape[-1]} has no neighbours along one axis")
-    return _TotalVariation.apply(x)
+    rows, columns = x.diff(dim=-2), x.diff(dim=-1)  # [..., H-1, W], [..., H, W-1]
+    sums = [torch.linalg.vector_norm(d, ord=1, dim=(-2, -1)) for d in (rows, columns)]  # each [...]
+    height, width = x.shape[-2:]
+    return sums[0] / ((height - 1) * width) + sums[1] / (height * (width - 1))  # Eq. (11)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ops.py against plain loops written from the paper's equations, the golden tensors, and one rank against two."""
+"""ops.py against plain loops written from the paper's equations, the golden tensors, and one rank
+against two.
+"""
 
 import math
 
@@ -21,21 +23,33 @@ def exact(actual, expected):
     assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-# ---- InfoNCE ------------------------------------------------------------------------------------------------------
+# ---- InfoNCE
 
 
 def loop_info_nce(s, scale):
-    """-1/2 (mean_i log e^{s_ii} / sum_j e^{s_ij} + mean_i log e^{s_ii} / sum_j e^{s_ji}), all s times the scale."""
+    """-1/2 (mean_i log e^{s_ii} / sum_j e^{s_ij} + mean_i log e^{s_ii} / sum_j e^{s_ji}), all s
+    times the scale.
+    """
     n, rows, columns = len(s), 0.0, 0.0
     for i in range(n):
-        rows += math.log(math.exp(scale * s[i][i]) / sum(math.exp(scale * s[i][j]) for j in range(n))) / n
-        columns += math.log(math.exp(scale * s[i][i]) / sum(math.exp(scale * s[j][i]) for j in range(n))) / n
+        rows += (
+            math.log(math.exp(scale * s[i][i]) / sum(math.exp(scale * s[i][j]) for j in range(n)))
+            / n
+        )
+        columns += (
+            math.log(math.exp(scale * s[i][i]) / sum(math.exp(scale * s[j][i]) for j in range(n)))
+            / n
+        )
     return -(rows + columns) / 2
 
 
 def test_info_nce_is_the_papers_symmetric_loss():
     """Eq. (7), value and gradient, the latter against differences of the loop."""
-    s, log_scale, step = rand(5, 5).requires_grad_(), torch.tensor(1.7, dtype=torch.float64, requires_grad=True), 1e-6
+    s, log_scale, step = (
+        rand(5, 5).requires_grad_(),
+        torch.tensor(1.7, dtype=torch.float64, requires_grad=True),
+        1e-6,
+    )
     loss = ops.info_nce(s, log_scale)
     exact(loss, loop_info_nce(s.tolist(), math.exp(1.7)))
     loss.backward()
@@ -48,14 +62,22 @@ def test_info_nce_is_the_papers_symmetric_loss():
     assert float(log_scale.grad) == pytest.approx((up - down) / (2 * step), abs=1e-7)
 
 
-@pytest.mark.parametrize("log_scale, scale", [(math.log(1 / 0.07), 1 / 0.07), (4.0, math.exp(4.0)), (6.0, 100.0)])
+@pytest.mark.parametrize(
+    "log_scale, scale", [(math.log(1 / 0.07), 1 / 0.07), (4.0, math.exp(4.0)), (6.0, 100.0)]
+)
 def test_info_nce_clamps_the_scale_at_100(log_scale, scale):
     s = 0.1 * rand(4, 4)
-    exact(ops.info_nce(s, torch.tensor(log_scale, dtype=torch.float64)), loop_info_nce(s.tolist(), scale))
+    exact(
+        ops.info_nce(s, torch.tensor(log_scale, dtype=torch.float64)),
+        loop_info_nce(s.tolist(), scale),
+    )
 
 
 def test_info_nce_gradient_when_the_scale_is_clamped():
-    s, log_scale = (0.1 * rand(4, 4)).requires_grad_(), torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
+    s, log_scale = (
+        (0.1 * rand(4, 4)).requires_grad_(),
+        torch.tensor(6.0, dtype=torch.float64, requires_grad=True),
+    )
     ops.info_nce(s, log_scale).backward()
     assert float(log_scale.grad) == 0.0
     other = s.detach().clone().requires_grad_()
@@ -69,7 +91,9 @@ def test_positives_are_the_diagonal_of_one_rank():
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2), (3, 6)])
 def test_positives_refuses_a_batch_without_one_text_per_image(shape):
-    with pytest.raises(ValueError, match=f"{shape[0]} images on each of 1 ranks need 3 texts, got {shape[1]}"):
+    with pytest.raises(
+        ValueError, match=f"{shape[0]} images on each of 1 ranks need 3 texts, got {shape[1]}"
+    ):
         ops.positives(torch.zeros(shape))
 
 
@@ -78,7 +102,7 @@ def test_gather_is_the_identity_on_one_rank():
     assert ops.gather(x) is x
 
 
-# ---- Gumbel sigmoid -----------------------------------------------------------------------------------------------
+# ---- Gumbel sigmoid
 
 
 @pytest.mark.parametrize("tau", ["1", "0.5"])
@@ -109,7 +133,8 @@ def test_gumbel_sample_is_one_with_the_masks_probability(logit):
 
 def test_gumbel_sample_is_binary_and_finite_at_the_ends_of_the_noise():
     sure = torch.tensor([30.0, -30.0])
-    assert_close(ops.gumbel_sigmoid(sure, torch.tensor([0.0, 1.0])), [1.0, 0.0])  # torch.rand does draw 0.0
+    # torch.rand does draw 0.0
+    assert_close(ops.gumbel_sigmoid(sure, torch.tensor([0.0, 1.0])), [1.0, 0.0])
     logits = torch.linspace(-30, 30, 61).requires_grad_()
     for u in (0.0, 1e-9, 0.3, 0.999999, 1.0):
         sample = ops.gumbel_sigmoid(logits, torch.full((61,), u))
@@ -117,7 +142,7 @@ def test_gumbel_sample_is_binary_and_finite_at_the_ends_of_the_noise():
         assert torch.autograd.grad(sample.sum(), logits)[0].isfinite().all()
 
 
-# ---- masked pooling -----------------------------------------------------------------------------------------------
+# ---- masked pooling
 
 
 def test_masked_pool_is_the_mask_weighted_mean():
@@ -128,7 +153,9 @@ def test_masked_pool_is_the_mask_weighted_mean():
     for i in range(2):
         for j in range(4):
             for c in range(3):
-                above = sum(float(masks[i, j, h, w] * dense[i, c, h, w]) for h in range(4) for w in range(5))
+                above = sum(
+                    float(masks[i, j, h, w] * dense[i, c, h, w]) for h in range(4) for w in range(5)
+                )
                 below = sum(float(masks[i, j, h, w]) for h in range(4) for w in range(5))
                 assert float(pooled[i, j, c]) == pytest.approx(above / below, rel=1e-6)
 
@@ -140,13 +167,16 @@ def test_masked_pool_has_a_floor_of_1e_6_under_the_area():
     exact(ops.masked_pool(dense, masks * 0), [[[0.0]]])
 
 
-# ---- area prior ---------------------------------------------------------------------------------------------------
+# ---- area prior
 
 
 def test_area_prior_compares_expected_areas_of_both_kinds_of_masks():
-    """Eq. (10): |p+ - E[area of M_ii]| and |p- - E[area of M_ij, i != j]|; the norm is of the expectation."""
+    """Eq. (10): |p+ - E[area of M_ii]| and |p- - E[area of M_ij, i != j]|; the norm is of the
+    expectation.
+    """
     masks, n = rand(4, 4, 3, 5), 4
-    masks[0, 0], masks[1, 1] = 0.95, 0.05  # areas on both sides of p+: the mean of |p - area| would differ
+    # areas on both sides of p+: the mean of |p - area| would differ
+    masks[0, 0], masks[1, 1] = 0.95, 0.05
     area = [[sum(masks[i, j].flatten().tolist()) / 15 for j in range(n)] for i in range(n)]
     mean_pos = sum(area[i][i] for i in range(n)) / n
     mean_neg = sum(area[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
@@ -178,15 +208,36 @@ def test_area_prior_of_a_single_pair_has_no_negatives():
     assert_close(masks.grad, torch.full((1, 1, 2, 2), 0.25))
 
 
-# ---- total variation ----------------------------------------------------------------------------------------------
+# ---- total variation
 
 
 def test_total_variation_is_anisotropic_and_a_mean_per_axis():
-    """Eq. (11), one norm: mean |difference| down the columns plus mean |difference| along the rows."""
+    """Eq. (11), one norm: mean |difference| down the columns plus that along the rows."""
     x = rand(2, 3, 4, 6)
-    down = [abs(float(m[h + 1, w] - m[h, w])) for m in x.flatten(0, 1) for h in range(3) for w in range(6)]
-    along = [abs(float(m[h, w + 1] - m[h, w])) for m in x.flatten(0, 1) for h in range(4) for w in range(5)]
+    down = [
+        abs(float(m[h + 1, w] - m[h, w]))
+        for m in x.flatten(0, 1)
+        for h in range(3)
+        for w in range(6)
+    ]
+    along = [
+        abs(float(m[h, w + 1] - m[h, w]))
+        for m in x.flatten(0, 1)
+        for h in range(4)
+        for w in range(5)
+    ]
     exact(ops.total_variation(x).mean(), sum(down) / len(down) + sum(along) / len(along))
+
+
+def test_total_variations_gradient_is_the_sign_over_the_number_of_differences():
+    x = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.5, 9.0]], requires_grad=True)
+    ops.total_variation(x).backward()
+    # three differences down, each a third of a mean; four along, each a quarter
+    expected = [
+        [-1 / 3 - 1 / 4, 1 / 3 + 1 / 2, -1 / 3 - 1 / 4],
+        [1 / 3 - 1 / 4, -1 / 3, 1 / 3 + 1 / 4],
+    ]
+    assert_close(x.grad, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 4), (4, 1)])
@@ -203,7 +254,7 @@ def test_total_variation_of_stripes_and_of_a_constant():
     assert ops.total_variation(torch.full((1, 2, 3, 4), 0.7)).tolist() == [[0.0, 0.0]]
 
 
-# ---- one rank and two ---------------------------------------------------------------------------------------------
+# ---- one rank and two
 
 
 def feature_similarity(pooled, texts):
@@ -212,7 +263,9 @@ def feature_similarity(pooled, texts):
 
 
 def plain_loss(images, texts, log_scale):
-    return ops.info_nce(F.normalize(images, dim=-1) @ ops.gather(F.normalize(texts, dim=-1)).T, log_scale)
+    return ops.info_nce(
+        F.normalize(images, dim=-1) @ ops.gather(F.normalize(texts, dim=-1)).T, log_scale
+    )
 
 
 def feature_loss(pooled, texts, log_scale):
@@ -249,7 +302,9 @@ def cases():
 def run(loss, split, shared, rank=0, ranks=1):
     """[loss, gradients of the split inputs, gradients of the shared ones] on one of the ranks."""
     rows = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
-    inputs = [x[rows].clone().requires_grad_() for x in split] + [x.clone().requires_grad_() for x in shared]
+    inputs = [x[rows].clone().requires_grad_() for x in split] + [
+        x.clone().requires_grad_() for x in shared
+    ]
     value = loss(*inputs)
     value.backward()
     return [value.detach(), *(x.grad for x in inputs)]
@@ -263,7 +318,11 @@ def on_rank(rank):
             ops.positives(torch.zeros(shape))
         except ValueError:
             refused += 1
-    return {**results, "positives": ops.positives(torch.zeros(3, 6)), "refused": torch.tensor(refused)}
+    return {
+        **results,
+        "positives": ops.positives(torch.zeros(3, 6)),
+        "refused": torch.tensor(refused),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +331,14 @@ def ranks():
 
 
 def ddp(results, n_split):
-    """What DistributedDataParallel makes of the ranks' results: means, for split inputs side by side."""
+    """What DistributedDataParallel makes of the ranks' results: means, for split inputs side by
+    side.
+    """
     value = torch.stack([r[0] for r in results]).mean(0)
     split = [torch.cat([r[1 + k] for r in results]) / len(results) for k in range(n_split)]
-    shared = [torch.stack(g).mean(0) for g in zip(*(r[1 + n_split :] for r in results), strict=True)]
+    shared = [
+        torch.stack(g).mean(0) for g in zip(*(r[1 + n_split :] for r in results), strict=True)
+    ]
     return [value, *split, *shared]
 
 
@@ -283,7 +346,9 @@ def ddp(results, n_split):
 def test_two_ranks_give_the_loss_and_gradients_of_one(ranks, name):
     loss, split, shared = cases()[name]
     tolerance = 1e-10 if split[0].dtype == torch.float64 else 1e-5
-    for ours, truth in zip(ddp([r[name] for r in ranks], len(split)), run(loss, split, shared), strict=True):
+    for ours, truth in zip(
+        ddp([r[name] for r in ranks], len(split)), run(loss, split, shared), strict=True
+    ):
         assert_close(ours, truth, rtol=tolerance, atol=tolerance)
 
 
@@ -300,12 +365,16 @@ def test_info_nce_has_the_golden_loss_and_gradients(ranks, name, prefix, world):
 def test_every_ranks_own_plain_loss_is_the_releases(ranks):
     z = golden("infonce_ddp")
     for rank in range(RANKS):
-        for value, key in zip(ranks[rank]["plain"], ["loss", "grad_img", "grad_txt", "grad_logit_scale"], strict=True):
+        for value, key in zip(
+            ranks[rank]["plain"], ["loss", "grad_img", "grad_txt", "grad_logit_scale"], strict=True
+        ):
             assert_close(value, z[f"infonce_w2_rank{rank}_{key}"])
 
 
 def test_release_differs_on_two_ranks_and_ours_does_not(ranks):
-    """The release pairs other ranks' images with the wrong texts: 3 % of the loss, up to half of the gradients."""
+    """The release pairs other ranks' images with the wrong texts: 3 % of the loss, up to half of
+    the gradients.
+    """
     z = golden("infonce_ddp")
     truth = float(z["ext_w1_loss"])
     release = float(z["ext_w2_rank0_loss"] + z["ext_w2_rank1_loss"]) / 2
@@ -319,7 +388,9 @@ def test_release_differs_on_two_ranks_and_ours_does_not(ranks):
 def test_area_prior_averages_over_ranks_before_the_norm(ranks):
     areas = area_masks().mean((2, 3)).diagonal()
     per_rank = [(0.4 - areas[:LOCAL].mean()).abs(), (0.4 - areas[LOCAL:].mean()).abs()]
-    value = (0.4 - areas.mean()).abs() + 3 * (0.7 - (area_masks().mean((2, 3)).sum() - areas.sum()) / 30).abs()
+    value = (0.4 - areas.mean()).abs() + 3 * (
+        0.7 - (area_masks().mean((2, 3)).sum() - areas.sum()) / 30
+    ).abs()
     for r in ranks:
         exact(r["area"][0], value)  # the same on every rank
     assert sum(per_rank) / 2 > (0.4 - areas.mean()).abs() + 0.1
@@ -330,15 +401,37 @@ def test_positives_of_each_rank_are_its_own_texts(ranks):
     assert [int(r["refused"]) for r in ranks] == [3, 3]
 
 
-@pytest.mark.parametrize("length", [1.0, 1e-3, 2e-6, 5e-7, 1e-8])  # two of them below the floor
 @pytest.mark.parametrize("dim", [-1, 1])
-def test_normalize_is_torch_s_with_the_floor_of_the_release(dim, length):
-    x = (length * F.normalize(torch.randn(2, 3, 4, 5, dtype=torch.float64), dim=dim)).requires_grad_()
-    gradient, ours, plain = torch.randn_like(x), ops.normalize(x, dim), F.normalize(x, dim=dim, eps=1e-6)
-    assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    of_ours, of_plain = (torch.autograd.grad(y, x, gradient)[0] for y in (ours, plain))
-    assert_close(of_ours, of_plain, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("length", [1.0, 2e-6, 5e-7])  # the last is below the floor
+def test_normalize_divides_by_the_length_but_never_by_less_than_1e_6(dim, length):
+    x = length * F.normalize(rand(2, 3, 4, 5) + 0.1, dim=dim)
+    exact(ops.normalize(x, dim), x / max(length, 1e-6))
 
 
 def test_normalize_of_zero_is_zero():
     assert ops.normalize(torch.zeros(2, 3)).abs().sum() == 0
+
+
+# ---- plain autograd ----
+
+FUNCTIONS = {
+    "normalize": lambda x: ops.normalize(x),
+    "info_nce": lambda x: ops.info_nce(x[:, :3], x.mean()),
+    "gumbel_sigmoid": lambda x: torch.sigmoid(ops.gumbel_sigmoid(x, torch.full_like(x, 0.3)) * x),
+    "masked_pool": lambda x: ops.masked_pool(x.view(1, 3, 2, 2), x.sigmoid().view(1, 3, 2, 2)),
+    "area_prior": lambda x: torch.stack(ops.area_prior(x[:, :3].sigmoid().square())),
+    "total_variation": lambda x: ops.total_variation(x.square().view(3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "gumbel_sigmoid"])
+def test_every_operation_is_differentiable_twice(name):
+    x = (rand(3, 4) + 0.1).requires_grad_()
+    torch.autograd.gradcheck(FUNCTIONS[name], x)
+    torch.autograd.gradgradcheck(FUNCTIONS[name], x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_operation_works_under_vmap(name):
+    x = rand(5, 3, 4)
+    exact(torch.vmap(FUNCTIONS[name])(x), torch.stack([FUNCTIONS[name](part) for part in x]))

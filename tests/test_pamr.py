@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""pamr.py against a plain loop over pixels, the golden tensors, and its promises on memory, types and gradients."""
+"""pamr.py against a plain loop over pixels, the golden tensors, and its promises on memory, types
+and gradients.
+"""
 
 import math
 import statistics
@@ -53,7 +55,10 @@ def loop_pamr(image, mask, iterations, dilations):
             weights[h, w], around[h, w] = [math.exp(value) / total for value in logits], near
     for _ in range(iterations):
         mask = [
-            [sum(a * mask[y][x] for a, (y, x) in zip(weights[h, w], around[h, w], strict=True)) for w in range(width)]
+            [
+                sum(a * mask[y][x] for a, (y, x) in zip(weights[h, w], around[h, w], strict=True))
+                for w in range(width)
+            ]
             for h in range(height)
         ]
     return mask
@@ -79,10 +84,13 @@ def test_pamr_is_the_plain_loop_over_pixels(iterations, dilations, size, mask_si
     assert_close(refined, loop(image, mask, iterations, dilations), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("contrast", [0.0, 1e-8, 1e3])  # the smallest are near the 1e-8 under the fraction
+# the smallest are near the 1e-8 under the fraction
+@pytest.mark.parametrize("contrast", [0.0, 1e-8, 1e3])
 def test_pamr_is_the_plain_loop_at_any_contrast(contrast):
     image, mask = contrast * rand(1, 3, 4, 5), rand(1, 2, 4, 5)
-    assert_close(pamr.pamr(image, mask, 2, (1, 3)), loop(image, mask, 2, (1, 3)), rtol=1e-9, atol=1e-9)
+    assert_close(
+        pamr.pamr(image, mask, 2, (1, 3)), loop(image, mask, 2, (1, 3)), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_pamr_defaults_are_ten_iterations_and_six_dilations():
@@ -113,8 +121,17 @@ def test_affinities_are_positive_and_rows_add_to_one():
 
 
 def test_constant_mask_stays_constant_and_values_stay_in_range():
-    image, mask, constant = rand(1, 3, 16, 20), rand(1, 2, 16, 20), torch.tensor(0.37, dtype=torch.float64)
-    assert_close(pamr.pamr(image, constant.expand(1, 2, 8, 9)), constant.expand(1, 2, 16, 20), rtol=0, atol=1e-12)
+    image, mask, constant = (
+        rand(1, 3, 16, 20),
+        rand(1, 2, 16, 20),
+        torch.tensor(0.37, dtype=torch.float64),
+    )
+    assert_close(
+        pamr.pamr(image, constant.expand(1, 2, 8, 9)),
+        constant.expand(1, 2, 16, 20),
+        rtol=0,
+        atol=1e-12,
+    )
     refined = pamr.pamr(image, mask)
     assert mask.min() <= refined.min() and refined.max() <= mask.max()
 
@@ -130,7 +147,9 @@ def test_mask_follows_the_edges_of_the_image():
 
 def test_gradient_flows_to_the_mask_alone():
     image, mask = rand(1, 3, 3, 4).requires_grad_(), rand(1, 2, 2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda m: pamr.pamr(image, m, iterations=2, dilations=(1, 2)), (mask,))
+    assert torch.autograd.gradcheck(
+        lambda m: pamr.pamr(image, m, iterations=2, dilations=(1, 2)), (mask,)
+    )
     pamr.pamr(image, mask).sum().backward()
     assert image.grad is None and bool((mask.grad > 0).all())
 
@@ -142,7 +161,10 @@ def test_half_precision_masks_keep_their_type_and_are_refined_in_float32(dtype, 
     assert refined.dtype == dtype
     assert torch.equal(refined, pamr.pamr(image, mask.float()).to(dtype))
     assert_close(
-        pamr.pamr(image.to(dtype), mask).float(), pamr.pamr(image.to(dtype).float(), mask.float()), tolerance, 0
+        pamr.pamr(image.to(dtype), mask).float(),
+        pamr.pamr(image.to(dtype).float(), mask.float()),
+        tolerance,
+        0,
     )
 
 
@@ -150,6 +172,14 @@ class Elsewhere(torch.Tensor):
     """A CPU tensor that says it is on a device without sparse products."""
 
     device = property(lambda self: torch.device("mps"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inside_an_autocast_region_masks_are_the_same(dtype):
+    image, mask = torch.rand(1, 3, 9, 8), torch.rand(1, 2, 5, 4)
+    with torch.autocast("cpu", dtype):
+        inside = pamr.pamr(image, mask)
+    assert inside.dtype == torch.float32 and torch.equal(inside, pamr.pamr(image, mask))
 
 
 def test_devices_without_sparse_products_get_the_same_masks(monkeypatch):
@@ -170,15 +200,22 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pamr.pamr(torch.rand(1, 3, 112, 112), torch.rand(1, 150, 112, 112), iterations=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     kilobytes = int(done.stdout) / (1024 if sys.platform == "darwin" else 1)
     assert kilobytes < 180_000, f"{kilobytes / 1000:.0f} MB"
 
 
 def test_the_defaults_and_the_scale_of_the_colours():
-    """Ten iterations, six dilations; an affine change of the colours changes nothing, a faint image neither."""
+    """Ten iterations, six dilations; an affine change of the colours changes nothing, a faint image
+    neither.
+    """
     assert pamr.pamr.__defaults__ == (10, ALL)
     torch.manual_seed(1)
-    image, mask = torch.rand(1, 3, 12, 14, dtype=torch.float64), torch.rand(1, 2, 12, 14, dtype=torch.float64)
+    image, mask = (
+        torch.rand(1, 3, 12, 14, dtype=torch.float64),
+        torch.rand(1, 2, 12, 14, dtype=torch.float64),
+    )
     whole = pamr.pamr(image, mask)
     torch.testing.assert_close(pamr.pamr(image * 1e-4 + 0.3, mask), whole, rtol=0.01, atol=1e-3)
