@@ -5,10 +5,13 @@ Whatever a user can mend is an InputError, and command() turns it into one line 
 exit code. Needs numpy, pillow and tqdm.
 """
 
+import argparse
 import contextlib
 import io
+import math
 import os
 import secrets
+import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +57,42 @@ def command(main, args):
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+# ---- flags and signals ----
+
+
+def count(text, least=1):
+    """A whole number for argparse, from 1 to 2^31."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text!r}")
+    return value
+
+
+def count_or_zero(text):
+    """A whole number for argparse, from 0 to 2^31."""
+    return count(text, least=0)
+
+
+def finite(text):
+    """A number for argparse that is neither infinite nor "not a number"."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+    return value
+
+
+def ignore_signals(_=None):
+    """For processes of a loader: a signal to the whole group stops the run, which then ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- pictures and texts in ----
