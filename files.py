@@ -16,6 +16,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,19 +79,25 @@ def count_or_zero(text):
     return count(text, least=0)
 
 
-def finite(text):
-    """A number for argparse that is neither infinite nor "not a number"."""
+def number(text, least, most=math.inf, open_end=False):
+    """A finite number for argparse within bounds."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+    if not (least <= value <= most and math.isfinite(value)) or (open_end and value == least):
+        raise argparse.ArgumentTypeError(f"must lie between {least} and {most:g}, not {text!r}")
     return value
 
 
+weight = partial(number, least=0)
+share = partial(number, least=0, most=1)
+positive = partial(number, least=0, open_end=True)
+
+
 def ignore_signals(_=None):
-    """For processes of a loader: a signal to the whole group stops the run, which then ends them."""
+    """For processes of a loader: a signal to the whole group stops the run, which then ends them.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -46,7 +46,7 @@ import files
 import gcl
 import report
 import winograd
-from files import InputError, count, count_or_zero, finite
+from files import InputError, count, count_or_zero, positive, share, weight
 
 try:
     import fcntl
@@ -63,19 +63,19 @@ SHARDS = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
 FLAGS = {  # name: (kind, default, help with the section of the paper)
     "model": (str, "ViT-B-16-quickgelu", "open_clip name or config .json (Sec. 4.1: ViT-B/16)"),
     "pretrained": (str, "openai", "open_clip tag, or a local weights file"),
-    "lambda-gcl": (finite, 0.1, "weight of the contrastive losses (Sec. 4.1)"),
-    "lambda-area": (finite, 0.4, "weight of the area prior (Sec. 4.1)"),
-    "lambda-tv": (finite, 1.0, "weight of the smooth prior (Sec. 4.1)"),
-    "area-prior": (finite, 0.4, "p+, expected area of a positive mask (Sec. 3.3)"),
+    "lambda-gcl": (weight, 0.1, "weight of the contrastive losses (Sec. 4.1)"),
+    "lambda-area": (weight, 0.4, "weight of the area prior (Sec. 4.1)"),
+    "lambda-tv": (weight, 1.0, "weight of the smooth prior (Sec. 4.1)"),
+    "area-prior": (share, 0.4, "p+, expected area of a positive mask (Sec. 3.3)"),
     "batch-size": (count, 1024, "global batch, shared out among the ranks (Sec. 4.1)"),
     "micro-batch": (count, None, "images of a rank at a time, to bound memory; the same result"),
-    "lr": (finite, 7.5e-5, "peak learning rate (Sec. 4.1)"),
-    "min-lr": (finite, 1e-5, "learning rate at the end of the cosine (paper silent)"),
-    "scalar-lr-mult": (finite, 1.0, "factor for gates, w, b, temperatures; for very short runs"),
-    "weight-decay": (finite, 0.05, "AdamW's, on weight matrices alone (Sec. 4.1)"),
+    "lr": (positive, 7.5e-5, "peak learning rate (Sec. 4.1)"),
+    "min-lr": (positive, 1e-5, "learning rate at the end of the cosine (paper silent)"),
+    "scalar-lr-mult": (positive, 1.0, "factor for gates, w, b, temperatures; for very short runs"),
+    "weight-decay": (weight, 0.05, "AdamW's, on weight matrices alone (Sec. 4.1)"),
     "steps": (count, 50_000, "optimiser steps (Sec. 4.1)"),
     "warmup-steps": (count_or_zero, 15_000, "linear warm-up (Sec. 4.1)"),
-    "clip-grad": (finite, 5.0, "largest gradient norm (paper silent)"),
+    "clip-grad": (positive, 5.0, "largest gradient norm (paper silent)"),
     "image-size": (count, None, "training crop in pixels; default: the CLIP's own, 224 (Sec. 4.1)"),
     "workers": (count_or_zero, 4, "loader processes per rank"),
     "seed": (count_or_zero, 0, "order of the data, augmentation, gumbel noise, adapter's start"),
@@ -84,7 +84,7 @@ FLAGS = {  # name: (kind, default, help with the section of the paper)
     "save-every": (count, 1000, "steps between checkpoints, and pictures"),
     "log-every": (count, 50, "steps between log lines"),
     "eval-every": (count, 5000, "steps between evaluations of --eval"),
-    "max-bad": (finite, 0.1, "stop when a larger share of samples than this is unusable"),
+    "max-bad": (share, 0.1, "stop when a larger share of samples than this is unusable"),
     "timeout": (count, 1800, "seconds to wait for another rank in a step"),
     "device": (str, None, "cuda, mps or cpu; default: the best there is"),
 }
@@ -118,40 +118,26 @@ def parse_args(argv=None):
 def rank_of(p):
     """(rank, ranks) as torchrun says it in the environment; (0, 1) without it."""
     try:
-        rank, ranks = (
-            int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE"))
-        )
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
         rank, ranks = 0, 0
     if not 0 <= rank < ranks or (ranks > 1 and "MASTER_ADDR" not in os.environ):
-        p.error(
-            "RANK, WORLD_SIZE and MASTER_ADDR do not go together; start several ranks by torchrun"
-        )
+        names = "RANK, WORLD_SIZE and MASTER_ADDR"
+        p.error(f"{names} do not go together; start several ranks by torchrun")
     return rank, ranks
 
 
 def complaint(args):
     """What is wrong with the values of the flags together, or None."""
-    weights = (args.weight_decay, args.lambda_gcl, args.lambda_area, args.lambda_tv)
-    checks = {
-        f"--batch-size {args.batch_size} is not divisible by the {args.ranks} ranks": (
-            args.batch_size % args.ranks
-        ),
-        f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps}": (
-            args.warmup_steps > args.steps
-        ),
-        "--weight-decay and the --lambda flags cannot be negative": min(weights) < 0,
-        "--clip-grad and --scalar-lr-mult must be above 0": min(args.clip_grad, args.scalar_lr_mult)
-        <= 0,
-        f"--area-prior {args.area_prior} must lie between 0 and 1": not 0 <= args.area_prior <= 1,
-        f"--max-bad {args.max_bad} must lie between 0 and 1": not 0 <= args.max_bad <= 1,
-        f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}": not 0
-        < args.min_lr
-        <= args.lr,
-        "--measure-area-prior takes one process": args.measure_area_prior and args.ranks > 1,
-        f"--out {args.out}: is a file, not a folder": os.path.isfile(args.out),
-    }
-    return next((words for words, wrong in checks.items() if wrong), None)
+    if args.batch_size % args.ranks:
+        return f"--batch-size {args.batch_size} is not divisible by the {args.ranks} ranks"
+    if args.warmup_steps > args.steps:
+        return f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps}"
+    if args.min_lr > args.lr:
+        return f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}"
+    if args.measure_area_prior and args.ranks > 1:
+        return "--measure-area-prior takes one process"
+    return f"--out {args.out}: is a file, not a folder" if os.path.isfile(args.out) else None
 
 
 # ---- what a run is made of ----
@@ -211,19 +197,11 @@ def build_pairs(args, net, tokenizer):
 
 def batches(run, args, batch_size, steps, start=0):
     """Iterator over this rank's batches from a step on: images [B, 3, h, w], tokens, noise, bad."""
-    order = data.GlobalOrder(
-        len(run.pairs), batch_size, steps, args.seed, start, run.rank, run.ranks
-    )
-    pin, deaf = run.device.type == "cuda", files.ignore_signals
-    return iter(
-        DataLoader(
-            run.pairs,
-            batch_sampler=order,
-            num_workers=args.workers,
-            pin_memory=pin,
-            worker_init_fn=deaf,
-        )
-    )
+    where = (run.rank, run.ranks)
+    order = data.GlobalOrder(len(run.pairs), batch_size, steps, args.seed, start, *where)
+    how = {"num_workers": args.workers, "pin_memory": run.device.type == "cuda"}
+    how["worker_init_fn"] = files.ignore_signals
+    return iter(DataLoader(run.pairs, batch_sampler=order, **how))
 
 
 def wrap(net, device, ranks):
@@ -241,25 +219,9 @@ def wrap(net, device, ranks):
 # ---- checkpoints: what a run goes on from ----
 
 SAME_RUN = (
-    "recipe",
-    "losses",
-    "lambda_gcl",
-    "lambda_area",
-    "lambda_tv",
-    "area_prior",
-    "batch_size",
-    "lr",
-)
-SAME_RUN += (
-    "min_lr",
-    "scalar_lr_mult",
-    "weight_decay",
-    "steps",
-    "warmup_steps",
-    "clip_grad",
-    "image_size",
-)
-SAME_RUN += ("seed",)
+    "recipe losses lambda_gcl lambda_area lambda_tv area_prior batch_size lr min_lr scalar_lr_mult"
+    " weight_decay steps warmup_steps clip_grad image_size seed"
+).split()
 
 
 def newest_checkpoint(args):
