@@ -275,7 +275,7 @@ wall-concrete,tree,grass,river,clouds,playingfield"""),
 def read_stored(path):
     """The values of a label PNG as stored, integers [h, w]; InputError where it is none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=files.FORMATS) as image:
             packed = str(image.tile[0][3]) if image.tile else ""  # how the pixels lie in the file
             mode, stored = image.mode, np.array(image)
     except Exception as error:  # whatever a decoder stumbles over, as in files.read_picture

@@ -103,6 +103,45 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
         benchmarks.check_labels(found)
 
 
+def test_a_picture_that_is_cut_off_is_found_before_any_work(tmp_path, capsys):
+    """Behind its header, which agrees with the label."""
+    spec = make_set(tmp_path / "mine", n=3, image_suffix=".jpg")
+    for path in (tmp_path / "mine/images").iterdir():
+        Image.open(path).save(path.with_suffix(".jpg"))
+    whole = (tmp_path / "mine/images/1.jpg").read_bytes()
+    (tmp_path / "mine/images/1.jpg").write_bytes(whole[: len(whole) // 2])
+    for workers in (1, 2):
+        with pytest.raises(files.InputError, match="images/1.jpg: not a picture that can be read"):
+            benchmarks.check_labels(benchmarks.read_spec(spec), workers)
+    code, rows, below = checked(capsys, [spec], tmp_path)
+    assert code == 1 and rows["mine"][0] == "wrong" and "mine/images/1.jpg" in below[0]
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_label_has_the_size_of_the_upright_picture(tmp_path, turn):
+    spec = make_set(tmp_path / "mine", n=1)
+    path = tmp_path / "mine/images/0.png"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = turn  # 6: stored on its side
+        stored = image.rotate(90, expand=True) if turn == 6 else image
+        stored.save(path, exif=exif)
+    benchmarks.check_labels(benchmarks.read_spec(spec))
+    with Image.open(path) as image:
+        image.rotate(90, expand=True).save(path, exif=exif)
+    message = "0.png: the image is 32x40 upright, its label .*0.png 40x32; they must agree"
+    with pytest.raises(files.InputError, match=message):
+        benchmarks.check_labels(benchmarks.read_spec(spec))
+
+
+def test_a_label_never_starts_another_program(tmp_path):
+    """EPS is what Ghostscript decodes."""
+    spec = make_set(tmp_path / "mine", n=1)
+    Image.new("L", (40, 32)).save(tmp_path / "mine/labels/0.png", "EPS")
+    with pytest.raises(files.InputError, match="labels/0.png: not a label .*cannot identify"):
+        benchmarks.check_labels(benchmarks.read_spec(spec))
+
+
 @pytest.mark.parametrize("kind", ["grey", "palette", "4-bit palette", "16-bit grey", "32-bit grey"])
 def test_palette_and_grey_labels_are_the_same(tmp_path, kind):
     values = np.array([[0, 1, 2], [8, 7, 3], [5, 5, 6 if "4-bit" in kind else 255]], dtype=np.uint8)
@@ -424,6 +463,18 @@ def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
     labels[5].write_bytes(b"nothing")
     labels[6].write_bytes(b"nothing")
     assert checked(capsys, ["voc"], tmp_path)[2][5:] == ["voc: and 2 more files"]
+
+
+def test_columns_of_check_never_run_together(tmp_path, capsys):
+    """147 and 149 of ADE20K's values in a row once read "0-146 1490-150 255"."""
+    stored = np.array([[*range(0, 147), 149], [*range(0, 147, 2), *range(0, 148, 2)]])
+    make_benchmark(tmp_path, "ade20k", values=stored.tolist())
+    assert checked(capsys, ["ade20k"], tmp_path)[1]["ade20k"][4:] == [
+        "0-146",
+        "149",
+        "0-150",
+        "255",
+    ]
 
 
 def test_check_on_the_command_line(tmp_path):
