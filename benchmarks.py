@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image
@@ -362,7 +362,8 @@ def read_files(name, bench, data_root):
     places = dict.fromkeys(root / re.split(r"{id}|\*", pattern)[0] for pattern in patterns)
     missing = [place for place in places if not place.exists()] if root.is_dir() else [root]
     for i in [] if missing else find_ids(root, bench):
-        image = root / bench.images.replace("{id}", i)
+        images = [root / path.replace("{id}", i) for path in (bench.images, capitals(bench.images))]
+        image = next(filter(Path.is_file, images), images[0])
         labels = {root / path.replace("{id}", i): lut for path, lut in bench.labels.items()}
         label = next(filter(Path.is_file, labels), [*labels][-1])
         missing += [path for path in (image, label) if not path.is_file()]
@@ -381,22 +382,35 @@ def find_ids(root, bench):
     """The image ids of a Benchmark, from its list or from its folder of images."""
     if "*" not in bench.ids:
         return read_list(root / bench.ids)
-    before, after = bench.images.split("{id}")
-    return sorted(
-        path.relative_to(root / before).as_posix().removesuffix(after)
-        for path in (root / before).glob(bench.ids + after)
-        if path.name[0] != "."  # some archives bring ._ files along
-    )
+    before = root / bench.images.split("{id}")[0]
+    endings = [path.split("{id}")[1] for path in (bench.images, capitals(bench.images))]
+    # Some archives bring ._ files along.
+    found = [path for path in before.glob(bench.ids) if path.name[0] != "."]
+    names = [path.relative_to(before).as_posix() for path in found]
+    return sorted({n.removesuffix(e) for n in names for e in endings if n.endswith(e)})
+
+
+def capitals(path):
+    """The same path with its suffix in capitals, as cameras write it."""
+    stem, suffix = os.path.splitext(path)
+    return stem + suffix.upper()
 
 
 def read_list(path):
-    """Image ids, one a line; InputError when the file is missing or empty, or names one twice."""
+    """Image ids, one a line; InputError when there are none, or one is there twice or no id.
+
+    An id becomes the path of a prediction that is written: it stays below its folder.
+    """
     ids = Counter(line.strip() for line in files.read_text(path).splitlines() if line.strip())
     if not ids:
         raise InputError(f"{path}: holds no image ids")
     first, times = ids.most_common(1)[0]
     if times > 1:
         raise InputError(f"{path}: holds {first} twice")
+    for i in ids:
+        plain = PureWindowsPath(i)  # knows both slashes, and drives
+        if plain.anchor or ".." in plain.parts or plain.as_posix() != i:
+            raise InputError(f"{path}: {i[:99]!r} is no image id; a plain path below the folder is")
     return list(ids)
 
 
@@ -435,17 +449,35 @@ def read_spec(path):
     if wrong := next(spec_problems(spec), None):
         raise InputError(f"{path}: {wrong}")
     n = len(spec.classes)
-    stored, ignored = rule_of(spec)
+    images = os.path.join(spec.images, "{id}" + spec.image_suffix)
+    labels = os.path.join(spec.labels, "{id}" + spec.label_suffix)
+    lut = lookup_table(*rule_of(spec))
     bench = Benchmark(
         spec.classes,
         (spec.palette or voc_palette(n + 1)[1 - spec.background :])[:n],
         None,
         "",
-        os.path.join(spec.images, "{id}" + spec.image_suffix),
+        images,
         spec.list or "*",
-        {os.path.join(spec.labels, "{id}" + spec.label_suffix): lookup_table(stored, ignored)},
+        {capitals(labels): lut, labels: lut},
     )
-    return read_files(spec.name, bench, Path(path).parent)
+    dataset = read_files(spec.name, bench, Path(path).parent)
+    taken = {file for item in dataset.items for file in item[1:3]}
+    for folder in (
+        set() if spec.list else {Path(path).parent / f for f in (spec.images, spec.labels)}
+    ):
+        rest = sorted(
+            file.name
+            for file in folder.iterdir()
+            if file.suffix.lower() in Image.registered_extensions()
+            and file.name[0] != "."
+            and str(file) not in taken
+        )
+        if rest:
+            pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
+            shown = ", ".join(rest[:SHOWN])
+            note(f"{spec.name}: {len(rest)} files of {folder} are left out, {pair}: {shown}")
+    return dataset
 
 
 def rule_of(spec):
@@ -465,9 +497,10 @@ def spec_problems(spec):
     first, texts = classes[: spec.background], classes[spec.background :]
     if not all(isinstance(c, str) for c in classes) or not 0 < len(texts) < 255:
         yield "classes must be 1 to 254 names"
-    if len({*classes}) < len(classes):
-        yield "class names must differ"
-    if "background" in texts or first != ["background"] * spec.background:
+    read = [" ".join(c.lower().split()) for c in classes]  # as CLIP reads them
+    if "" in read or len({*read}) < len(read):
+        yield "class names must differ in more than case and blanks, and none is empty"
+    if "background" in read[spec.background :] or first != ["background"] * spec.background:
         yield '"background" is the first class with "background": true, and none without'
     if len(palette) < len(classes) or not all(are_bytes(c) and len(c) == 3 for c in palette):
         yield "palette needs one [r, g, b] of 0 to 255 per class"
@@ -476,7 +509,7 @@ def spec_problems(spec):
     stored, ignored = rule_of(spec)
     if not len({*stored} - {*ignored}) == len(stored) == len(classes):
         yield "each class needs a stored value of its own that is not ignored"
-    if spec.name in BENCHMARKS or not re.fullmatch(r"[\w.-]+", spec.name):
+    if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]*", spec.name):
         yield (
             f"name {spec.name!r} becomes a file name: of letters, digits, '.', '_' and '-' alone, "
             "and not the name of a benchmark"

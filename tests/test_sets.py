@@ -59,6 +59,7 @@ def test_zero_can_be_ignored_and_a_list_can_choose(tmp_path):
         ({"images": "nowhere"}, "nowhere missing"),
         ({"labels": "nowhere"}, "nowhere missing"),
         ({"label_suffix": ".tif"}, "0.tif, .* missing"),
+        ({"image_suffix": "**/"}, "{id}[*][*] missing"),
         ({"image_suffix": ".tif"}, "{id}.tif missing"),
         ({"list": "nowhere.txt"}, "nowhere.txt missing"),
         ({"palette": [[0, 0, 0]]}, "palette needs"),
@@ -77,6 +78,11 @@ def test_zero_can_be_ignored_and_a_list_can_choose(tmp_path):
         ({"values": [0, 1, 255], "ignore": [255]}, "each class needs a stored value"),
         ({"values": [0, 1, "2"]}, "ignore and values must"),
         ({"classes": ["cat", "cat"]}, "class names must differ"),
+        ({"classes": ["cat", "Cat", "dog"]}, "class names must differ"),
+        ({"classes": ["traffic light", " traffic  light "]}, "class names must differ"),
+        ({"classes": ["cat", " "]}, "none is empty"),
+        ({"classes": ["cat", "Background"]}, '"background" is the first class'),
+        ({"name": ".."}, "becomes a file name"),
         ({"classes": ["cat", "background"]}, '"background" is the first class'),
     ],
 )
@@ -144,6 +150,64 @@ def test_classes_without_a_label_are_said_once_for_all_ranks(tmp_path, capsys, m
     monkeypatch.setenv("RANK", "1")
     benchmarks.check_labels(found)
     assert capsys.readouterr().err == ""
+
+
+def test_suffixes_in_capitals_are_taken_and_others_named(tmp_path, capsys):
+    spec = make_set(tmp_path / "mine", n=6, image_suffix=".jpg")
+    images, labels = tmp_path / "mine/images", tmp_path / "mine/labels"
+    for k, suffix in enumerate((".jpg", ".JPG", ".jpeg", ".png", ".Jpg")):
+        Image.open(images / f"{k}.png").save(tmp_path / "x.jpg")
+        (images / f"{k}.png").unlink()
+        (tmp_path / "x.jpg").rename(images / f"{k}{suffix}")
+    (labels / "1.png").rename(labels / "1.PNG")
+    for hidden in ("images/._0.jpg", "images/.png", "labels/._0.png", "images/notes.txt"):
+        (tmp_path / "mine" / hidden).write_bytes(b"of another system")
+    found = benchmarks.read_spec(spec)
+    assert [item[:3] for item in found.items] == [
+        ("0", str(images / "0.jpg"), str(labels / "0.png")),
+        ("1", str(images / "1.JPG"), str(labels / "1.PNG")),
+    ]
+    benchmarks.check_labels(found)
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"mine: 4 files of {images} are left out, no pair of *.jpg and *.png: "
+        "2.jpeg, 3.png, 4.Jpg, 5.png",
+        f"mine: 4 files of {labels} are left out, no pair of *.jpg and *.png: "
+        "2.png, 3.png, 4.png, 5.png",
+    ]
+
+
+def test_a_list_chooses_in_silence(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/val.txt").write_text("1\n")
+    assert len(benchmarks.read_spec(make_set(tmp_path / "mine", n=3, list="val.txt"))) == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["SPEC.json", "voc", "context"])
+@pytest.mark.parametrize(
+    "image_id",
+    ["../labels/0", "a/../../0", "/etc/0", "..", "./0", "a//0", "C:0", "C:/0", "a\\..\\0", "\\0"],
+)
+def test_ids_that_leave_their_folder_are_refused(tmp_path, name, image_id):
+    """--save-predictions once wrote where they point."""
+    if name == "SPEC.json":
+        name = make_set(tmp_path / "mine", n=1, list="ids.txt")
+        listed = tmp_path / "mine/ids.txt"
+    else:
+        make_benchmark(tmp_path, name)
+        listed = tmp_path / RULES[name]["root"] / RULES[name]["list"]
+    listed.write_text(f"0\n{image_id}\n")
+    with pytest.raises(files.InputError, match=f"{listed.name}: .* is no image id"):
+        benchmarks.read_set(name, str(tmp_path))
+
+
+def test_an_id_may_hold_a_folder(tmp_path):
+    spec = make_set(tmp_path / "mine", n=1, list="ids.txt")
+    for kind in ("images", "labels"):
+        (tmp_path / "mine" / kind / "a..b").mkdir()
+        (tmp_path / "mine" / kind / "0.png").rename(tmp_path / "mine" / kind / "a..b/..0.png")
+    (tmp_path / "mine/ids.txt").write_text("a..b/..0\n")
+    benchmarks.check_labels(benchmarks.read_spec(spec))
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path):
