@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import re
+import reprlib
 import struct
 import sys
 import zlib
@@ -30,6 +31,7 @@ import files
 from files import InputError
 
 IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
+MOST = 10_000  # classes of a set
 SHOWN = 5  # files of a set that are named when many are wrong or missing
 
 
@@ -37,10 +39,15 @@ SHOWN = 5  # files of a set that are named when many are wrong or missing
 
 
 def lookup_table(values, ignored=(255,), rest=INVALID):
-    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest."""
-    table = np.full(256, rest, dtype=np.int16)
+    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest.
+
+    With values past 255: int16 [65536], and what is not scored is the number of classes, if that is
+    above IGNORE, so that it is never one of them.
+    """
+    size = 256 if max([0, *values, *ignored]) < 256 else 65_536
+    table = np.full(size, rest, dtype=np.int16)
     table[list(values)] = np.arange(len(values))
-    table[list(ignored)] = IGNORE
+    table[list(ignored)] = max(IGNORE, len(values))
     return table
 
 
@@ -291,7 +298,8 @@ def read_stored(path):
 def spans(values):
     """Sorted integers in short: [0, 1, 2, 255] is "0-2 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return " ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r))
+    short = [f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r)]
+    return " ".join(short if len(short) < 40 else [*short[:38], "...", short[-1]])
 
 
 def allowed(lut):
@@ -310,7 +318,7 @@ def misfit(path, values, lut):
 
 
 def read_label(path, lut):
-    """Class indices int64 [h, w], IGNORE where not scored; InputError names a value without one."""
+    """Class indices int64 [h, w], as lookup_table says; InputError names a value without one."""
     stored = read_stored(path)
     if wrong := misfit(path, np.unique(stored), lut):
         raise InputError(wrong)
@@ -322,7 +330,7 @@ def read_label(path, lut):
 
 @dataclass
 class SegmentationSet:
-    """A labelled set. items: (image id, image path, label path, lut), lut int16 [256] as above.
+    """A labelled set. items: (image id, image path, label path, lut), lut of lookup_table.
 
     Class 0 is the background where there is one. full: how many images the whole benchmark has.
     """
@@ -420,8 +428,9 @@ class Spec:
 
     list: a file of image ids, one a line; null takes every image of the folder. With background,
     the first class is "background". values: the stored value of each class, as [0, 255]; null is 0,
-    1, ..., or with zero_is_ignored 1, 2, ... ignore: stored values that are not scored; null is 255
-    where it is no class. palette: [r, g, b] for each class; null is VOC's.
+    1, ..., or with zero_is_ignored 1, 2, ... ignore: stored values that are not scored; null is
+    255, or with values past it 65535 (labels have 16 bits then), where that is no class. palette:
+    [r, g, b] for each class; null is VOC's.
     """
 
     name: str
@@ -443,9 +452,9 @@ def read_spec(path):
     text = files.read_text(path)
     try:
         spec = Spec(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        fields = ", ".join(Spec.__annotations__)
-        raise InputError(f"{path}: must be a JSON object of {fields} ({error})") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        fields, why = ", ".join(Spec.__annotations__), files.first_line(error)
+        raise InputError(f"{path}: must be a JSON object of {fields} ({why})") from error
     if wrong := next(spec_problems(spec), None):
         raise InputError(f"{path}: {wrong}")
     n = len(spec.classes)
@@ -484,7 +493,8 @@ def rule_of(spec):
     """(stored value of each class, stored values that are ignored) of a Spec."""
     shift = int(spec.zero_is_ignored)
     stored = spec.values or list(range(shift, len(spec.classes) + shift))
-    ignored = [255] if spec.ignore is None and 255 not in stored else spec.ignore or []
+    top = 255 if max(stored) < 256 else 65_535
+    ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
     return stored, [0] * shift + ignored
 
 
@@ -492,33 +502,35 @@ def spec_problems(spec):
     """Yields what is wrong with a Spec; each line relies on those before it."""
     for field, kind in Spec.__annotations__.items():
         if not isinstance(value := getattr(spec, field), kind):
-            yield f"{field} cannot be {value!r}"
+            yield f"{field} cannot be {reprlib.repr(value)}"
     classes, palette = spec.classes, spec.palette or [[0, 0, 0]] * len(spec.classes)
     first, texts = classes[: spec.background], classes[spec.background :]
-    if not all(isinstance(c, str) for c in classes) or not 0 < len(texts) < 255:
-        yield "classes must be 1 to 254 names"
+    if not all(isinstance(c, str) for c in classes) or not 0 < len(texts) <= len(classes) <= MOST:
+        yield f"classes must be 1 to {MOST} names"
+    if len(max(classes, key=len)) > 999:
+        yield "class names must have at most 999 letters"
     read = [" ".join(c.lower().split()) for c in classes]  # as CLIP reads them
     if "" in read or len({*read}) < len(read):
         yield "class names must differ in more than case and blanks, and none is empty"
     if "background" in read[spec.background :] or first != ["background"] * spec.background:
         yield '"background" is the first class with "background": true, and none without'
-    if len(palette) < len(classes) or not all(are_bytes(c) and len(c) == 3 for c in palette):
+    if len(palette) < len(classes) or not all(are_whole(c, 255) and len(c) == 3 for c in palette):
         yield "palette needs one [r, g, b] of 0 to 255 per class"
-    if not are_bytes([*(spec.ignore or []), *(spec.values or [])]):
-        yield "ignore and values must be lists of stored values, 0 to 255"
+    if not are_whole([*(spec.ignore or []), *(spec.values or [])], 65_535):
+        yield "ignore and values must be lists of stored values, 0 to 65535"
     stored, ignored = rule_of(spec)
     if not len({*stored} - {*ignored}) == len(stored) == len(classes):
         yield "each class needs a stored value of its own that is not ignored"
-    if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]*", spec.name):
+    if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]{,99}", spec.name):
         yield (
-            f"name {spec.name!r} becomes a file name: of letters, digits, '.', '_' and '-' alone, "
-            "and not the name of a benchmark"
+            f"name {reprlib.repr(spec.name)} becomes a file name: of letters, digits, '.', '_' "
+            "and '-' alone, and not the name of a benchmark"
         )
 
 
-def are_bytes(value):
-    """Is it a list of integers of 0 to 255?"""
-    return isinstance(value, list | tuple) and all(type(v) is int and 0 <= v < 256 for v in value)
+def are_whole(value, most):
+    """Is it a list of integers of 0 to most? true and false are none."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= most for v in value)
 
 
 # ---- python benchmarks.py check ----

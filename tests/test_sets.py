@@ -210,6 +210,61 @@ def test_an_id_may_hold_a_folder(tmp_path):
     benchmarks.check_labels(benchmarks.read_spec(spec))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "must be a JSON object"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "must be a JSON object"),
+        ('{"name": ' + "1" * 1_000_000 + "}", "must be a JSON object"),
+        ('{"name": "x", "' + "y" * 100_000 + '": 1}', "must be a JSON object"),
+        ({"ignore": [int("9" * 4000)]}, "ignore and values must be"),
+        ({"palette": [[0] * 9999] * 99}, "palette needs"),
+        ({"palette": {"k": [0] * 9999}}, "palette cannot be"),
+        ({"classes": ["x" * 100_000, "y"]}, "at most 999 letters"),
+        ({"classes": [f"c{k}" for k in range(10_001)]}, "classes must be 1 to 10000 names"),
+        ({"name": "x" * 100_000}, "becomes a file name"),
+        ({"images": 10**4000}, "images cannot be"),
+    ],
+)
+def test_an_absurd_spec_is_one_short_line(tmp_path, text, message):
+    spec = make_set(tmp_path / "mine", n=1, **({} if isinstance(text, str) else text))
+    if isinstance(text, str):
+        (tmp_path / "mine/SPEC.json").write_text(text)
+    with pytest.raises(files.InputError, match=message) as error:
+        benchmarks.read_spec(spec)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("n", "ignore", "unscored"),
+    [(254, None, 255), (255, None, 255), (257, None, 65_535), (847, [60_000], 60_000)],
+)
+def test_sets_of_many_classes_have_labels_of_16_bits(tmp_path, capsys, n, ignore, unscored):
+    """ADE-847, PC-459: class 255 is a class there, and what is not scored is none."""
+    spec = {} if ignore is None else {"ignore": ignore}
+    spec = make_set(tmp_path / "mine", n=1, classes=[f"class {k}" for k in range(n)], **spec)
+    stored = np.arange(n + 1).reshape(1, -1)
+    stored[0, n] = unscored
+    path = tmp_path / "mine/labels/0.png"
+    Image.fromarray(stored.astype(np.uint16)).save(path)
+    Image.new("RGB", (n + 1, 1)).save(tmp_path / "mine/images/0.png")
+    found = benchmarks.read_spec(spec)
+    label = benchmarks.read_label(path, found.items[0][3])
+    assert label[0, :n].tolist() == list(range(n)) and label[0, n] == max(benchmarks.IGNORE, n)
+    benchmarks.check_labels(found)
+    assert capsys.readouterr().err == "" and len({*map(tuple, found.palette)}) == n
+    Image.fromarray(np.full((1, n + 1), n + 2, dtype=np.uint16)).save(path)
+    with pytest.raises(files.InputError, match=f"label value {n + 2} is outside"):
+        benchmarks.check_labels(found)
+
+
+def test_ten_thousand_classes_are_few_bytes(tmp_path):
+    spec = make_set(tmp_path / "mine", n=1, classes=[f"class {k}" for k in range(10_000)])
+    lut = benchmarks.read_spec(spec).items[0][3]
+    assert lut.nbytes == 2 * 65_536 and lut[9_999] == 9_999 and lut[65_535] == 10_000
+    assert benchmarks.allowed(lut) == "0-9999 65535"
+
+
 def test_labels_that_do_not_fit_are_named(tmp_path):
     found = benchmarks.read_spec(make_set(tmp_path / "mine", n=2))
     benchmarks.check_labels(found)
