@@ -13,6 +13,7 @@ In the file's order: the constants of the eight, label files, sets on disk, chec
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import re
@@ -625,6 +626,8 @@ def check_sets(names, data_root, workers=1):
 MAT_FOLDER = "trainval"  # as trainval.tar.gz unpacks
 MAT_TYPES = " bBhHiIf d  qQ"  # numpy's letter of each number type, by the format's own number
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_ODD = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}  # kinds of matrix
+MAT_BYTES = 64 << 20  # of a file, unpacked; nothing is packed twice, so it is below 1,032 times too
 
 
 def mat_elements(content):
@@ -643,21 +646,32 @@ def mat_elements(content):
 def read_mat(path, name):
     """The real matrix [h, w] of this name in a MATLAB 5 MAT-file; InputError without one."""
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content, room = file.read(MAT_BYTES), MAT_BYTES
         if content[124:128] != b"\0\1IM":
             raise ValueError("no header of version 1, little-endian")
         for kind, body in mat_elements(content[128:]):
             if kind == MAT_COMPRESSED:
-                [(kind, body)] = mat_elements(zlib.decompress(body))
+                unpack = zlib.decompressobj()
+                body = unpack.decompress(body, room + 1)
+                room -= len(body)
+                if room < 0 or not unpack.eof:
+                    raise ValueError("cut off, or unpacks to more than 64 MB")
+                [(kind, body)] = mat_elements(body)
             if kind == MAT_MATRIX:
-                _flags, shape, called, values = [*mat_elements(body)][:4]
-                if called[1] == name.encode():
-                    height, width = struct.unpack("<2i", shape[1])
-                    flat = np.frombuffer(values[1], "<" + MAT_TYPES[values[0]])
+                parts = itertools.islice(mat_elements(body), 4)
+                (_, flags), (_, shape), (_, called), *rest = parts
+                if called == name.encode():
+                    if odd := MAT_ODD.get(flags[0]) or "complex" * (flags[1] >> 3 & 1):
+                        raise ValueError(f"it is {odd}")
+                    height, width = struct.unpack("<2i", shape)
+                    flat = np.frombuffer(rest[0][1], "<" + MAT_TYPES[rest[0][0]])
                     return flat.reshape(width, height).T  # column by column -> [h, w]
+        raise ValueError("it is not there")
     except Exception as error:  # whatever a broken file makes them stumble over
-        raise InputError(f"{path}: cut off, or not a MATLAB 5 MAT-file ({error})") from error
-    raise InputError(f"{path}: holds no matrix {name}")
+        raise InputError(
+            f"{path}: no whole MATLAB 5 MAT-file with a matrix {name} of real numbers ({error})"
+        ) from error
 
 
 def context_label(paths):
