@@ -9,8 +9,10 @@ sheets of captioned cells in one font and one palette (`sheet`). Needs numpy and
 
 import argparse
 import base64
+import csv
 import functools
 import html
+import io
 import json
 import math
 import re
@@ -377,6 +379,52 @@ def write_sheet(path, dataset, pictures):
     top = heading(dataset.name, {"images": len(dataset), "full": dataset.full})
     titles = ["image", "label (white: ignored)", "prediction"]
     files.save_png(path, sheet(rows, titles, legend, top, size=18))
+
+
+# ---- confusion --------------------------------------------------------------------------------
+
+
+def draw_confusion(matrix, classes):
+    """A picture of a confusion matrix [n, n]: rows are labels, columns predictions, each as a share
+    of its row."""
+    n, room = len(classes), 150
+    side = max(min(2000 // n, 30), 1)  # pixels of a cell; names only where they can be read
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    names = Image.new("RGB", (room, n * side), "white")
+    for k, name in enumerate(classes if side > 7 else ()):
+        place, size = (room - 4, (k + 0.5) * side), min(side, 14)
+        put_text(ImageDraw.Draw(names), place, name, size, width=room - 8, anchor="rm")
+    canvas = Image.new("RGB", (room + n * side, room + n * side), "white")
+    canvas.paste(names, (0, room))
+    canvas.paste(names.rotate(90, expand=True), (room, 0))
+    canvas.paste(fit(heat(share), n * side), (room, room))
+    text = "rows: labels, columns: predictions, bright: most of the row"
+    return sheet([[canvas]], [text], side=None)
+
+
+def write_csv(path, matrix, classes):
+    """IoU and accuracy of every class in percent, empty for one that does not occur."""
+    lines, text = [("class", "iou", "accuracy")], io.StringIO()
+    for name, hit, label, found in zip(
+        classes, matrix.diagonal(), matrix.sum(1), matrix.sum(0), strict=True
+    ):
+        parts = (label + found - hit, label)
+        lines.append((name, *(f"{100 * hit / part:.4f}" if part else "" for part in parts)))
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    files.write_text(path, text.getvalue())
+
+
+def write_confusion(folder, name, matrix, classes):
+    """NAME.confusion.png, NAME.confusion.npy and NAME.csv of a matrix of counts int64 [n, n]."""
+    matrix, path = np.asarray(matrix), Path(folder, name)
+
+    def save(file):
+        with open(file, "wb") as stream:  # given a name, numpy would add a suffix
+            np.save(stream, matrix)
+
+    files.write_whole(f"{path}.confusion.npy", save)
+    files.save_png(f"{path}.confusion.png", draw_confusion(matrix, classes))
+    write_csv(f"{path}.csv", matrix, classes)
 
 
 # ---- radar ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 import base64
 import cmath
 import collections
+import csv
 import html.parser
 import json
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageColor, ImageDraw
 from tiny import check_refused, make_set, run
 
@@ -391,6 +393,39 @@ def test_brighter_heat_is_higher():
     colours = np.array(report.heat(np.linspace(0, 1, 50)[None]))[0]
     assert (np.diff(lab_of_pillow(colours)[:, 0]) > 0).all()
     assert colours[0].tolist() == [68, 1, 84] and colours[-1].tolist() == [253, 231, 37]
+
+
+# ---- confusion ----
+
+
+def test_a_confusion_matrix_is_a_picture_numbers_and_a_table(tmp_path, texts):
+    classes = ["sky, blue", 'a "b"', "gone"]
+    matrix = np.array([[6, 2, 0], [0, 4, 0], [0, 0, 0]])
+    report.write_confusion(tmp_path / "new", "mine", torch.from_numpy(matrix), classes)
+    names = ["mine.confusion.npy", "mine.confusion.png", "mine.csv"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+    assert np.array_equal(np.load(tmp_path / "new/mine.confusion.npy"), matrix)
+    with open(tmp_path / "new/mine.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["class", "iou", "accuracy"]
+    assert rows[1:] == [
+        [classes[0], "75.0000", "75.0000"],
+        [classes[1], "66.6667", "100.0000"],
+        ["gone", "", ""],
+    ]
+    pixels = np.array(Image.open(tmp_path / "new/mine.confusion.png"))
+    left = 150 + report.GAP
+    found = pixels[left + 18 + 15 :: 30, left + 15 :: 30][:3, :3]
+    expected = np.array(report.heat(np.array([[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])))
+    assert np.array_equal(found, expected)
+    assert [text for text, _ in texts if text in classes] == classes
+
+
+@pytest.mark.parametrize("n", [1, 171, 900])
+def test_a_confusion_matrix_of_any_size_is_a_picture(n):
+    matrix = np.eye(n, dtype=np.int64)
+    width, height = report.draw_confusion(matrix, [f"class {k}" for k in range(n)]).size
+    assert 150 < height < 2250 and 150 < width < 2250
 
 
 # ---- radar ----
