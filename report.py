@@ -131,6 +131,8 @@ def notes(results):
         yield "Outside the unified protocol: do not compare these numbers with the paper's."
     if protocol is None:
         yield "Protocol not known: nothing records whether this run kept to it."
+    if results["settings"].get("clip", {}).get("pretrained") == "random":
+        yield "Random weights: these numbers mean nothing."
     if partial:
         yield f"Partial: only some of the images of {', '.join(partial)}."
     elif results.get("partial"):
@@ -288,7 +290,7 @@ def font(size):
 
 def put_text(draw, xy, text, size, fill="black", width=math.inf, **options):
     """Draws text in one line, cut to `width` pixels."""
-    text = " ".join(text.split())
+    text = files.printable(" ".join(text.split()))
     while len(text) > 3 and font(size).getlength(text) > width:
         text = text.removesuffix("...")[:-1] + "..."
     draw.text(xy, text, fill, font(size), **options)

@@ -25,6 +25,7 @@ import re
 import sys
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,8 +95,27 @@ def resize(mask, size):
 def labelled(net, image, text, args):
     """Masks [K, h', w'] at the protocol's size, and labels int64 [h, w] of image [h, w, 3]."""
     masks = evaluate.segment_image(net, image, text, args)
+    if not masks.isfinite().all():
+        raise files.InputError("its masks are not finite; try --precision fp32, or other weights")
     value, index = evaluate.best_class(masks, image.shape[:2])
     return masks, evaluate.with_background(value, index, args.bg_threshold)
+
+
+class Segmentation(NamedTuple("Pair", [("labels", torch.Tensor), ("masks", torch.Tensor)])):
+    """labels, masks = segment_image(...); notebooks show its `overlay`, a PIL image."""
+
+    @property
+    def overlay(self):
+        return draw_overlay(*self.drawn)
+
+    def _repr_png_(self):
+        return self.overlay._repr_png_()
+
+
+def note_of(net, args):
+    """What pictures must say of the weights."""
+    sources = getattr(net.clip, "source", {}).get("pretrained"), args.pretrained
+    return "random weights: these masks mean nothing" * ("random" in sources)
 
 
 def segment_image(net, image, texts, background=None, **settings):
@@ -106,8 +126,8 @@ def segment_image(net, image, texts, background=None, **settings):
     refined, 0.5 not), False for no background. settings: of evaluate.py's flags, such as
     method="maskclip", pamr=False, kp_weight=0, short_side=448.
     Returns labels int64 [h, w], 0 for background and k for the k-th text, and masks float32
-    [K, h, w] in 0..1, both at the image's own (upright) size on the net's device. Raises ValueError
-    for what cannot be segmented.
+    [K, h, w] in 0..1, both at the image's own (upright) size on the net's device; the result's
+    `overlay` shows them. Raises ValueError for what cannot be segmented.
     """
     check_texts(texts)
     image, args = usable(image), protocol(**settings)
@@ -116,7 +136,9 @@ def segment_image(net, image, texts, background=None, **settings):
     templates = evaluate.read_templates(args.templates)
     text = net.encode_classes(texts, backbone.tokenizer_of(net.clip), templates)  # [K, C]
     masks, labels = labelled(net, image, text, args)
-    return labels, torch.stack([resize(mask, labels.shape) for mask in masks])
+    result = Segmentation(labels, torch.stack([resize(mask, labels.shape) for mask in masks]))
+    result.drawn = image, labels, texts, args.bg_threshold >= 0, note_of(net, args)
+    return result
 
 
 # ---- pictures out -----------------------------------------------------------------------------
@@ -128,9 +150,13 @@ def grey_view(image):
     return report.fit(Image.fromarray(image).convert("L"), side).convert("RGB")
 
 
-def draw_overlay(image, labels, texts):
-    """Labels uint8 [h, w] in colour over the grey picture, numbered, with a legend of shares."""
+def draw_overlay(image, labels, texts, background=True, note=""):
+    """Labels [h, w] in colour over the grey picture, numbered, with a legend of shares.
+
+    background: whether there is one. note: words above.
+    """
     grey, colours = grey_view(image), [report.GREY, *report.palette(len(texts))]
+    labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels).astype(np.uint8)
     at_view = np.asarray(report.fit(labels, max(grey.size)))
     colour = Image.fromarray(report.colour(at_view, colours))
     mask = Image.fromarray(np.where(at_view > 0, 153, 0).astype(np.uint8))  # 153 of 255: 0.6
@@ -139,17 +165,17 @@ def draw_overlay(image, labels, texts):
     share = 100 * np.bincount(labels.ravel(), minlength=len(colours)) / labels.size
     names = ["background", *(f"{k} {text}" for k, text in enumerate(texts, 1))]
     legend = [(f"{name} {s:.1f} %", c) for name, s, c in zip(names, share, colours, strict=True)]
-    return report.sheet([[painted]], legend=legend, side=None)
+    return report.sheet([[painted]], [], legend[not background :], note, None)
 
 
-def draw_heat(image, mask, text, threshold):
+def draw_heat(image, mask, text, threshold, note=""):
     """One soft mask [h, w] in 0..1 over the grey picture, under its text, with a scale."""
     grey = grey_view(image)
     values = resize(mask, grey.size[::-1]).cpu().numpy()
     painted = Image.blend(grey, report.heat(values), 0.75)
     bar = report.heat(np.linspace(0, 1, grey.width)[None].repeat(16, 0))
     scale = f"0 to 1; background below {threshold:g}" if threshold > 0 else "0 to 1"
-    return report.sheet([[painted], [bar]], [[text], [scale]], side=None)
+    return report.sheet([[painted], [bar]], [[text], [scale]], [], note, None)
 
 
 def safe(text, length=40):
@@ -256,6 +282,7 @@ def parser():
 def parse_args(argv=None):
     """The parsed and checked command line; wrong calls end with exit code 2."""
     p = parser()
+    p.error = lambda words, error=p.error: error(files.printable(words))
     given = vars(p.parse_intermixed_args(argv))
     own = ("things", "texts", "background", "no_background", "json")
     things, texts, background, no_background, as_json = (given.pop(name) for name in own)
@@ -281,12 +308,12 @@ def parse_args(argv=None):
 
 def segment_file(path, name, net, text, args):
     """Writes all of one picture; returns its entry of the JSON document. text: [K, C]."""
-    image = files.read_picture(path)
+    image, background, note = files.read_picture(path), args.bg_threshold >= 0, note_of(net, args)
     try:
         image = usable(image)
+        masks, labels = labelled(net, image, text, args)
     except files.InputError as error:
         raise files.InputError(f"{path}: {error}") from error
-    masks, labels = labelled(net, image, text, args)
     labels = labels.cpu().numpy().astype(np.uint8)  # [h, w]
     share = np.bincount(labels.ravel(), minlength=len(text) + 1) / labels.size
 
@@ -298,11 +325,12 @@ def segment_file(path, name, net, text, args):
     indexed = Image.fromarray(labels)
     indexed.putpalette(np.ravel([(0, 0, 0), *report.palette(len(text))]).tolist())
     entry = {"image": str(path), "height": len(labels), "width": len(labels[0])}
-    entry |= {"background": share[0], "labels": save("labels", indexed), "texts": []}
-    entry["overlay"] = save("overlay", draw_overlay(image, labels, args.texts))
+    entry |= {"background": share[0] if background else None, "labels": save("labels", indexed)}
+    drawn = draw_overlay(image, labels, args.texts, background, note)
+    entry |= {"overlay": save("overlay", drawn), "texts": []}
     for k, words in enumerate(args.texts, start=1):
         mean = resize(masks[k - 1], labels.shape).mean().item()
-        drawn = draw_heat(image, masks[k - 1], words, args.bg_threshold)
+        drawn = draw_heat(image, masks[k - 1], words, args.bg_threshold, note)
         file = save("-".join(filter(None, (str(k), safe(words)))), drawn)
         one = {"text": words, "label": k, "share": share[k], "mean": mean, "heat_map": file}
         entry["texts"].append(one)
@@ -321,8 +349,9 @@ def warn_of_cut_texts(texts, templates, tokenizer):
 def line_of(entry):
     """What is said of one picture."""
     shares = [f"{t['text'][:30]} {100 * t['share']:.1f} %" for t in entry["texts"]]
-    shares.append(f"background {100 * entry['background']:.1f} %")
-    return f"{entry['image']}: {', '.join(shares)} -> {entry['overlay']}"
+    if entry["background"] is not None:
+        shares.append(f"background {100 * entry['background']:.1f} %")
+    return files.printable(f"{entry['image']}: {', '.join(shares)} -> {entry['overlay']}")
 
 
 def main(args):
@@ -340,10 +369,10 @@ def main(args):
                     bar.write(line_of(done[-1]), sys.stdout)
             except files.InputError as error:
                 failed.append({"image": str(path), "error": str(error)})
-                bar.write(f"error: {error}", sys.stderr)
+                bar.write(files.printable(f"error: {error}"), sys.stderr)
     if failed and len(names) > 1:
         what = f"{len(failed)} of {len(names)} pictures were left out, the first"
-        print(f"error: {what}: {failed[0]['error']}", file=sys.stderr)
+        print(files.printable(f"error: {what}: {failed[0]['error']}"), file=sys.stderr)
     if args.json:
         kept = ("method", "checkpoint", "pamr", "templates", "short_side")
         settings = {name: getattr(args, name) for name in kept}

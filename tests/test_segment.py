@@ -3,6 +3,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -127,6 +128,23 @@ def test_settings_are_evaluates_and_wrong_ones_are_said_in_its_words(net):
     assert (
         segment.protocol(pamr=False).bg_threshold == 0.5 and segment.protocol().bg_threshold == 0.4
     )
+
+
+def test_a_result_unpacks_and_shows_itself(net):
+    image = Image.fromarray(photo(40, 30))
+    result = segment.segment_image(net, image, TEXTS, background=0.2, pamr=False, **SMALL)
+    labels, masks = result
+    assert labels is result.labels is result[0] and masks is result.masks and len(result) == 2
+    expected = segment.draw_overlay(np.asarray(image), labels, TEXTS)
+    assert np.array_equal(np.asarray(result.overlay), np.asarray(expected))
+    assert result._repr_png_().startswith(b"\x89PNG")
+
+
+def test_masks_that_are_not_finite_are_an_error(net, monkeypatch):
+    masks = torch.full((3, 8, 8), float("nan"))
+    monkeypatch.setattr(evaluate, "segment_image", lambda *args: masks)
+    with pytest.raises(ValueError, match="not finite.*--precision fp32"):
+        segment.segment_image(net, photo(40, 30), TEXTS, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +331,54 @@ def test_a_run_says_one_line_a_picture_and_a_wrong_checkpoint_is_named(here, wor
         "x.pt",
         "no such file",
     )
+
+
+def test_without_a_background_none_is_counted_and_masks_of_nan_are_a_failure(
+    here, world, capsys, monkeypatch
+):
+    line = ["photo.jpg", "sea", "moon", "--no-background", "--checkpoint", world.checkpoint]
+    args = segment.parse_args([*line, *map(str, FLAGS)])
+    assert segment.main(args) == 0 and "background" not in capsys.readouterr().out
+    args.json = True
+    assert segment.main(args) == 0
+    entry = json.loads(capsys.readouterr().out)["images"][0]
+    assert entry["background"] is None
+    assert sum(text["share"] for text in entry["texts"]) == pytest.approx(1)
+    monkeypatch.setattr(evaluate, "segment_image", lambda *args: torch.full((2, 8, 8), torch.nan))
+    assert segment.main(args) == 1
+    said = capsys.readouterr()
+    failed = json.loads(said.out, parse_constant=pytest.fail)
+    assert not failed["images"] and "photo.jpg: its masks are not finite" in said.err
+
+
+def test_names_and_texts_of_any_bytes_reach_an_ascii_terminal_escaped(here, world):
+    """Not UTF-8, control characters, other scripts: one line, and JSON in ASCII."""
+    name = os.fsdecode(b"ph\xf6to \x1b[31m[1]\n.png")
+    save_photo(here / "odd" / name, 30, 30)
+    (here / "odd/broken.png").write_bytes(b"\x00\x00\x00\x1cftypavif")
+    texts = ["m\x1b[2Joon", "月 \u202e", os.fsdecode(b"caf\xe9")]
+    line = ["segment.py", here / "odd", "--texts", *texts, "--checkpoint", world.checkpoint, *FLAGS]
+    for more in ((), ("--json",)):
+        result = run(*line, "--out", here / "o", *more, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+        check_refused(result, 1, "broken.png", "AVIF")
+        assert result.stdout.isascii() and "\x1b" not in result.stdout + result.stderr
+        assert "\x1b[2J" not in result.stdout and "ph\\udcf6to" in result.stdout
+    document = json.loads(result.stdout)
+    assert document["images"][0]["image"].endswith(name)
+    assert [text["text"] for text in document["images"][0]["texts"]] == texts
+    result = run("segment.py", here / "gone\x1b.png", "sea")
+    assert result.returncode == 2 and "gone\\x1b.png" in result.stderr
+
+
+def test_random_weights_are_said_on_every_picture(world, net, monkeypatch):
+    seen = []
+    draw = report.put_text
+    monkeypatch.setattr(report, "put_text", lambda *a, **k: (seen.append(a[2]), draw(*a, **k)))
+    for source, words in (("random", 1), ("openai", 0)):
+        monkeypatch.setitem(net.clip.source, "pretrained", source)
+        _ = segment.segment_image(net, photo(40, 30), TEXTS, pamr=False, **SMALL).overlay
+        assert sum("random weights" in text for text in seen) == words
+        seen.clear()
 
 
 def test_another_method_needs_no_checkpoint(here, world):
