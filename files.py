@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What all scripts share: errors of one line, one reader of pictures, whole writes, a pool with a bar.
+"""What all scripts share: one-line errors, one reader of pictures, whole writes, a pool with a bar.
 
-Whatever a user can mend is an InputError, and command() turns it into one line on stderr and an exit code. Needs numpy,
-pillow and tqdm.
+Whatever a user can mend is an InputError, and command() turns it into one line on stderr and an
+exit code. Needs numpy, pillow and tqdm.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class InputError(ValueError):
-    """Something that the user can mend; the message is one line: which file or value, and what to do."""
+    """Something that the user can mend; its message says which file or value, and what to do."""
 
 
 class PictureError(InputError):
-    """A picture that cannot be used; reason is "image" (broken or of a format not taken) or "size"."""
+    """A picture that cannot be used; reason "image" (broken, or of no format taken), "size"."""
 
     def __init__(self, reason, detail):
         super().__init__(detail)
@@ -40,8 +40,13 @@ def first_line(error):
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
+def printable(text):
+    """A text for a terminal: control characters, and what is no text at all, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def command(main, args):
-    """Runs main(args) as a program and returns its exit status: one line for a mistake, never a traceback."""
+    """Runs main(args) as a program; returns its status: one line for a mistake, no traceback."""
     try:
         return main(args) or 0
     except (InputError, OSError) as error:
@@ -55,7 +60,7 @@ def command(main, args):
 
 
 def rgb(image):
-    """A loaded PIL image of any mode as RGB: upright, 16 bits scaled to 8, on white where it is transparent."""
+    """A loaded PIL image of any mode as RGB: upright, 16 bits scaled to 8, on white."""
     with contextlib.suppress(Exception):  # a broken EXIF block does not make the picture bad
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -68,9 +73,10 @@ def rgb(image):
 
 
 def read_picture(source):
-    """RGB PIL image, rgb() of the first frame of a file (its path, or its bytes); PictureError names the file.
+    """RGB PIL image, rgb() of the first frame of a file (its path, or bytes); PictureError.
 
-    The size is known from the header and limited (PIL's Image.MAX_IMAGE_PIXELS) before anything is decoded.
+    The size is known from the header and limited (PIL's Image.MAX_IMAGE_PIXELS) before anything is
+    decoded.
     """
     name = "" if isinstance(source, bytes) else f"{source}: "
     try:
@@ -83,10 +89,9 @@ def read_picture(source):
                 return rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise PictureError("size", f"{name}{first_line(error)}") from error
-    except Exception as error:  # decoders fail with whatever they stumble over: struct.error, KeyError, zlib.error, ...
-        raise PictureError(
-            "image", f"{name}not a picture that can be read ({first_line(error)})"
-        ) from error
+    except Exception as error:  # decoders fail with whatever they stumble over: KeyError, ...
+        reason = f"{name}not a picture that can be read ({first_line(error)})"
+        raise PictureError("image", reason) from error
 
 
 def read_text(path):
@@ -101,12 +106,11 @@ def read_text(path):
 
 
 def write_whole(path, write):
-    """write(temporary path), then the final name: a file is whole, or not there. Makes its folder."""
+    """write(temporary path), then the final name: a file is whole, or not there. Makes folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f"{path.name}.{secrets.token_hex(4)}.tmp"
-    )  # other processes have other names
+    # Two processes that write the same file have two names.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -116,9 +120,8 @@ def write_whole(path, write):
 
 def write_text(path, text):
     """UTF-8, whole or not at all."""
-    write_whole(
-        path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace")
-    )
+    content = text.encode(errors="backslashreplace")
+    write_whole(path, lambda file: file.write_bytes(content))
 
 
 def save_png(path, picture):
@@ -130,23 +133,21 @@ def save_png(path, picture):
 
 
 def in_parallel(function, items, processes, what):
-    """Yields function(item) of all items in their order, from a pool where processes is above 1, under a bar."""
+    """Yields function(item) of all items in order, from a pool if processes > 1, under a bar."""
     with tqdm(desc=what, total=len(items), leave=False, delay=1) as bar:
         if processes < 2 or not items:
             for item in items:
                 yield function(item)
                 bar.update()
             return
-        pool = ProcessPoolExecutor(
-            processes
-        )  # unlike multiprocessing.Pool it notices when a process was killed
+        # Unlike multiprocessing.Pool it notices when a process was killed.
+        pool = ProcessPoolExecutor(processes)
         try:
             for result in pool.map(function, items, chunksize=1 + len(items) // 1000):
                 yield result
                 bar.update()
         except BrokenProcessPool as error:
-            raise InputError(
-                f"{what}: one of {processes} processes was killed; out of memory?"
-            ) from error
+            killed = f"{what}: one of {processes} processes was killed; out of memory?"
+            raise InputError(killed) from error
         finally:
             pool.shutdown(cancel_futures=True)
