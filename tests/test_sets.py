@@ -67,8 +67,15 @@ def test_zero_can_be_ignored_and_a_list_can_choose(tmp_path):
         ({"image_suffix": None}, "image_suffix cannot be None"),
         ({"zero_is_ignored": "no"}, "zero_is_ignored cannot be 'no'"),
         ({"ignore": 255}, "ignore cannot be 255"),
-        ({"ignore": [-1]}, "ignore must be"),
-        ({"ignore": [[1]]}, "ignore must be"),
+        ({"ignore": [-1]}, "ignore and values must"),
+        ({"ignore": [[1]]}, "ignore and values must"),
+        ({"ignore": [True]}, "ignore and values must"),
+        ({"ignore": [1, 255]}, "each class needs a stored value of its own that is not ignored"),
+        ({"values": [1, 2]}, "each class needs a stored value"),
+        ({"values": [1, 2, 2]}, "each class needs a stored value"),
+        ({"values": [0, 1, 2], "zero_is_ignored": True}, "each class needs a stored value"),
+        ({"values": [0, 1, 255], "ignore": [255]}, "each class needs a stored value"),
+        ({"values": [0, 1, "2"]}, "ignore and values must"),
         ({"classes": ["cat", "cat"]}, "class names must differ"),
         ({"classes": ["cat", "background"]}, '"background" is the first class'),
     ],
@@ -81,6 +88,62 @@ def test_a_wrong_spec_is_explained(tmp_path, change, message):
         (tmp_path / "mine/SPEC.json").write_text(text)
         with pytest.raises(files.InputError, match="SPEC.json: must be a JSON object of name, "):
             benchmarks.read_spec(path)
+
+
+def masks_of_0_and_255(folder, **spec):
+    spec = make_set(folder, n=2, background=True, **{"classes": ["background", "cat"]} | spec)
+    for path in (folder / "labels").iterdir():
+        Image.fromarray((np.array(Image.open(path)) % 2) * np.uint8(255)).save(path)
+    return spec
+
+
+def test_masks_of_0_and_255_are_not_silently_half_ignored(tmp_path, capsys):
+    spec = masks_of_0_and_255(tmp_path / "mine")
+    line = "mine: no label holds 1 of 2 classes (cat); stored 255 is not scored\n"
+    benchmarks.check_labels(benchmarks.read_spec(spec))
+    assert capsys.readouterr().err == line
+    assert benchmarks.check_sets([spec], tmp_path) == 0 and capsys.readouterr().err == line
+
+
+def test_a_stored_value_of_255_can_be_a_class(tmp_path, capsys):
+    found = benchmarks.read_spec(masks_of_0_and_255(tmp_path / "mine", values=[0, 255]))
+    benchmarks.check_labels(found)
+    assert capsys.readouterr().err == ""
+    for _, _, label, lut in found.items:
+        stored = np.array(Image.open(label))
+        assert (benchmarks.read_label(label, lut) == stored // 255).all() and stored.max() == 255
+    assert np.flatnonzero(found.items[0][3] != benchmarks.INVALID).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("values", [[7, 3, 200], [3, 255, 0]])
+def test_values_are_the_stored_values_of_the_classes_in_order(tmp_path, values):
+    spec = make_set(tmp_path / "mine", n=1, values=values, ignore=[9])
+    lut = benchmarks.read_spec(spec).items[0][3]
+    assert lut[[*values, 9, 1]].tolist() == [0, 1, 2, benchmarks.IGNORE, benchmarks.INVALID]
+
+
+def test_a_set_without_a_pixel_to_score_is_refused(tmp_path, capsys):
+    spec = make_set(tmp_path / "mine", n=2)
+    for path in (tmp_path / "mine/labels").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    message = "no pixel of mine is scored: its labels hold 255 alone, ignored"
+    with pytest.raises(files.InputError, match=message):
+        benchmarks.check_labels(benchmarks.read_spec(spec))
+    code, rows, below = checked(capsys, [spec], tmp_path)
+    assert code == 1 and rows["mine"][0] == "wrong" and below == [f"mine: {message}"]
+
+
+def test_classes_without_a_label_are_said_once_for_all_ranks(tmp_path, capsys, monkeypatch):
+    classes = ["cat", "dog", "tree", *"abcdefgh"]
+    found = benchmarks.read_spec(make_set(tmp_path / "mine", n=2, classes=classes, ignore=[]))
+    for _, _, label, _ in found.items:
+        Image.fromarray(np.array(Image.open(label)) % 3).save(label)
+    benchmarks.check_labels(found)
+    line = "mine: no label holds 8 of 11 classes (a, b, c, d, e, ...); stored none is not scored\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("RANK", "1")
+    benchmarks.check_labels(found)
+    assert capsys.readouterr().err == ""
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path):
@@ -101,6 +164,45 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
     label.write_bytes(b"nothing")
     with pytest.raises(files.InputError, match="labels/1.png: not a label"):
         benchmarks.check_labels(found)
+
+
+def test_a_picture_that_is_cut_off_is_found_before_any_work(tmp_path, capsys):
+    """Behind its header, which agrees with the label."""
+    spec = make_set(tmp_path / "mine", n=3, image_suffix=".jpg")
+    for path in (tmp_path / "mine/images").iterdir():
+        Image.open(path).save(path.with_suffix(".jpg"))
+    whole = (tmp_path / "mine/images/1.jpg").read_bytes()
+    (tmp_path / "mine/images/1.jpg").write_bytes(whole[: len(whole) // 2])
+    for workers in (1, 2):
+        with pytest.raises(files.InputError, match="images/1.jpg: not a picture that can be read"):
+            benchmarks.check_labels(benchmarks.read_spec(spec), workers)
+    code, rows, below = checked(capsys, [spec], tmp_path)
+    assert code == 1 and rows["mine"][0] == "wrong" and "mine/images/1.jpg" in below[0]
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_label_has_the_size_of_the_upright_picture(tmp_path, turn):
+    spec = make_set(tmp_path / "mine", n=1)
+    path = tmp_path / "mine/images/0.png"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = turn  # 6: stored on its side
+        stored = image.rotate(90, expand=True) if turn == 6 else image
+        stored.save(path, exif=exif)
+    benchmarks.check_labels(benchmarks.read_spec(spec))
+    with Image.open(path) as image:
+        image.rotate(90, expand=True).save(path, exif=exif)
+    message = "0.png: the image is 32x40 upright, its label .*0.png 40x32; they must agree"
+    with pytest.raises(files.InputError, match=message):
+        benchmarks.check_labels(benchmarks.read_spec(spec))
+
+
+def test_a_label_never_starts_another_program(tmp_path):
+    """EPS is what Ghostscript decodes."""
+    spec = make_set(tmp_path / "mine", n=1)
+    Image.new("L", (40, 32)).save(tmp_path / "mine/labels/0.png", "EPS")
+    with pytest.raises(files.InputError, match="labels/0.png: not a label .*cannot identify"):
+        benchmarks.check_labels(benchmarks.read_spec(spec))
 
 
 @pytest.mark.parametrize("kind", ["grey", "palette", "4-bit palette", "16-bit grey", "32-bit grey"])
@@ -424,6 +526,18 @@ def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
     labels[5].write_bytes(b"nothing")
     labels[6].write_bytes(b"nothing")
     assert checked(capsys, ["voc"], tmp_path)[2][5:] == ["voc: and 2 more files"]
+
+
+def test_columns_of_check_never_run_together(tmp_path, capsys):
+    """147 and 149 of ADE20K's values in a row once read "0-146 1490-150 255"."""
+    stored = np.array([[*range(0, 147), 149], [*range(0, 147, 2), *range(0, 148, 2)]])
+    make_benchmark(tmp_path, "ade20k", values=stored.tolist())
+    assert checked(capsys, ["ade20k"], tmp_path)[1]["ade20k"][4:] == [
+        "0-146",
+        "149",
+        "0-150",
+        "255",
+    ]
 
 
 def test_check_on_the_command_line(tmp_path):
