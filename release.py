@@ -1,68 +1,79 @@
 # SPDX-License-Identifier: MIT
-"""Names and shapes of the authors' released checkpoint, tcl.pth, as this project's: a translation of state dicts.
+"""The authors' released checkpoint, tcl.pth, as this project names it: a translation of a state
+dict.
 
 gcl.load calls it. Imports nothing of this project.
 """
 
 import math
+import re
 
-RELEASE_CLIP = {  # Release's key prefixes of the frozen CLIP -> open_clip's; the first that fits counts
-    "clip_text_encoder.": "",
-    "clip_image_encoder.clip_proj.ln.": "visual.ln_post.",
-    "clip_image_encoder.clip_proj.": "visual.",
-    "clip_image_encoder.clip_visual.": "visual.",
-}
+import torch
 
+BLOCK = r"masker\.image_encoder\.backbone\.transformer\.resblocks\.\d+\."
+DECODER = r"masker\.image_encoder\.decoder\."
 
-DECODER = "masker.image_encoder.decoder."
-
-
-RELEASE_GCL = {  # Release's key prefixes of the trained part -> ours; {last} is the last block's number
-    "masker.image_encoder.backbone.transformer.resblocks.{last}.": "block.",
-    DECODER + "decoder.net.0.conv.": "adapter.stages.0.1.",
-    DECODER + "decoder.net.0.conv2.": "adapter.stages.0.2.",
-    DECODER + "decoder.net.1.conv.": "adapter.stages.1.1.",
-    DECODER + "decoder.net.1.conv2.": "adapter.stages.1.2.",
-    DECODER + "image_proj.ln.": "head.ln_post.",
-    DECODER + "image_proj.": "head.",
-    "masker.sim2mask.": "",
-    "tcli_loss.logit_scale": "log_scale.gcl_v",
-    "tclf_loss.logit_scale": "log_scale.gcl_f",
-}
+# Start of the release's key -> ours. The first that fits counts, what fits none is left out.
+NAMES = (
+    (r"clip_text_encoder\.", "clip."),
+    (r"clip_image_encoder\.clip_proj\.ln\.", "clip.visual.ln_post."),
+    (r"clip_image_encoder\.(clip_proj|clip_visual)\.", "clip.visual."),
+    (BLOCK, "block."),  # the trained copy of the last block
+    (DECODER + r"decoder\.net\.(\d)\.conv\.(gate\.)?", r"adapter.stages.\1.1."),
+    (DECODER + r"decoder\.net\.(\d)\.conv2\.(gate\.)?", r"adapter.stages.\1.2."),
+    (DECODER + r"image_proj\.ln\.", "head.ln_post."),
+    (DECODER + r"image_proj\.", "head."),
+    (r"masker\.sim2mask\.", ""),
+    (r"tcli_loss\.logit_scale", "log_scale.gcl_v"),
+    (r"tclf_loss\.logit_scale", "log_scale.gcl_f"),
+)
 
 
-def config_from_weights(state):
-    """Model config of an OpenAI-style CLIP from its tensors' shapes; its heads are 64 wide, its GELU quick."""
-    layers = {
-        prefix: len(
-            {key.split(".resblocks.")[1].split(".")[0] for key in state if key.startswith(prefix)}
-        )
-        for prefix in ("visual.transformer.resblocks.", "transformer.resblocks.")
-    }
-    width, _, patch, _ = state["visual.conv1.weight"].shape  # [D, 3, patch, patch]
-    size = patch * math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-    vocab, text_width = state["token_embedding.weight"].shape
-    vision = {
-        "width": width,
-        "patch_size": patch,
-        "image_size": size,
-        "layers": layers["visual.transformer.resblocks."],
-    }
-    text = {
-        "width": text_width,
-        "heads": text_width // 64,
-        "layers": layers["transformer.resblocks."],
-    }
-    text |= {"vocab_size": vocab, "context_length": state["positional_embedding"].shape[0]}
-    sizes = {"embed_dim": state["text_projection"].shape[1], "vision_cfg": vision, "text_cfg": text}
-    return {**sizes, "quick_gelu": True}
+def translate(state):
+    """A checkpoint of this project from the state dict of tcl.pth, all but its format and recipe.
 
-
-def rename(state, prefixes):
-    """The entries of a state dict that start with one of the prefixes (old -> new), under their new names."""
-    renamed = {}
+    The frozen CLIP's tensors start with "clip."; a stripped file has none, and names OpenAI's.
+    """
+    ours = {}
     for key, value in state.items():
-        old = next((old for old in prefixes if key.startswith(old)), None)
-        if old is not None:
-            renamed[prefixes[old] + key.removeprefix(old)] = value
-    return renamed
+        for theirs, name in NAMES:
+            if match := re.match(theirs, key):
+                ours[match.expand(name) + key[match.end() :]] = value
+                break
+    scale = torch.tensor(math.log(1 / 0.07))  # the release lacks both that are set to it
+    ours["log_scale.cl"] = scale
+    clip = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "config": None}
+    if "clip.visual.proj" in ours:
+        ours["clip.logit_scale"] = scale
+        clip = {"model": None, "pretrained": None, "config": config_of(ours)}
+    fields = {"losses": ("gcl_v", "gcl_f"), "area_prior": 0.4}
+    return {**fields, "clip": clip, "clip_crc": None, "model": ours}
+
+
+def config_of(state):
+    """Model config of an OpenAI-style CLIP from its tensors' shapes; its heads are 64 wide, its
+    GELU quick."""
+
+    def layers(tower):
+        return sum(key.startswith(tower) and key.endswith("ln_1.weight") for key in state)
+
+    width, _, patch, _ = state["clip.visual.conv1.weight"].shape  # [D, 3, patch, patch]
+    patches = len(state["clip.visual.positional_embedding"]) - 1  # [1 + L, D]
+    vocabulary, text_width = state["clip.token_embedding.weight"].shape
+    return {
+        "embed_dim": state["clip.text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "width": width,
+            "patch_size": patch,
+            "image_size": patch * math.isqrt(patches),
+            "layers": layers("clip.visual.transformer."),
+        },
+        "text_cfg": {
+            "width": text_width,
+            "heads": text_width // 64,
+            "layers": layers("clip.transformer."),
+            "vocab_size": vocabulary,
+            "context_length": len(state["clip.positional_embedding"]),
+        },
+    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CLIP alone under evaluate.py --method: the last block against plain loops per head, MaskCLIP's two refinements."""
+"""CLIP alone under evaluate.py --method: the last block and MaskCLIP's refinements as loops."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ GRID = (3, 4)  # patches, so that rows and columns cannot be confused
 
 @pytest.fixture(scope="module")
 def net():
-    """A GCL in float64 around a random CLIP of two heads whose LayerScale and norms have moved too."""
+    """A GCL in float64 on a random CLIP of two heads; its LayerScale and norms have moved too."""
     torch.manual_seed(3)
     config = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"ls_init_value": 0.7}}
     clip = backbone.build_clip(config)
@@ -104,7 +104,7 @@ def plain_cosine(visual, patches, text):
 
 
 def plain_refined(cosine, keys):
-    """MaskCLIP's two steps on cosine [K, L], keys [L, D], and what of them becomes a mask [K, L]."""
+    """MaskCLIP's two steps on cosine [K, L], keys [L, D], and their mask [K, L]."""
     classes, patches = range(len(cosine)), range(cosine.shape[1])
     p = [softmax([100 * float(cosine[c, i]) for c in classes]) for i in patches]
     kept = [c for c in classes if any(p[i][c] >= 0.5 for i in patches)] or list(classes)
