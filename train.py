@@ -4,7 +4,8 @@
 
     torchrun --nproc_per_node=8 train.py                # one node with 8 GPUs (Sec. 4.1)
     python train.py --micro-batch 64                    # the same batch on one GPU, or on the CPU
-    torchrun --nproc_per_node=8 train.py --batch-size 512 --steps 40000 --warmup-steps 10000  # Table 2
+    torchrun --nproc_per_node=8 train.py --batch-size 512 --steps 40000 --warmup-steps 10000
+                                                        # the schedule of Table 2
     python train.py --measure-area-prior                # p+ of Sec. 3.3 on these pairs, no training
 
 Writes --out (runs/gcl): last.pt (a checkpoint for evaluate.py, and for --resume), previous.pt (the
@@ -177,7 +178,7 @@ def build_optimizer(net, args):
 
 
 def learning_rate(step, args):
-    """Linear warm-up from 1e-4 of the peak, then a cosine down to min_lr (Paper silent: both ends)."""
+    """Linear warm-up from 1e-4 of the peak, a cosine down to min_lr (Paper silent: both ends)."""
     if step < args.warmup_steps:
         return args.lr * (1e-4 + (1 - 1e-4) * step / args.warmup_steps)
     progress = (step - args.warmup_steps) / max(args.steps - args.warmup_steps, 1)
@@ -225,9 +226,7 @@ SAME_RUN = (
 
 
 def newest_checkpoint(args):
-    """(path, checkpoint) that --resume names, or None for a fresh start; an older one where it is
-    broken.
-    """
+    """(path, checkpoint) that --resume names, the newest that is whole; None for a fresh start."""
     if args.resume != "auto":
         never = args.resume == "never"
         return None if never else (Path(args.resume), gcl.read_checkpoint(args.resume))
@@ -283,7 +282,7 @@ def restore(run, args):
 
 
 def save(run, done, args):
-    """last.pt for step done, and the one before as previous.pt: at any moment a whole one is there."""
+    """last.pt for step done, previous.pt the one before: at any moment a whole one is there."""
     state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state |= {"args": vars(args), "pairs": run.pairs.fingerprint()}
     run.net.save(Path(args.out, "next.pt"), step=done, progress=run.progress, **state)
@@ -291,29 +290,23 @@ def save(run, done, args):
 
 
 def rename_next(out):
-    """next.pt becomes last.pt. A copy, so that last.pt is there at every moment; done again after a
-    kill.
-    """
+    """next.pt becomes last.pt, whose copy is previous.pt; after a kill, once more."""
     if (out / "last.pt").exists():
         files.write_whole(out / "previous.pt", lambda file: shutil.copyfile(out / "last.pt", file))
     os.replace(out / "next.pt", out / "last.pt")
 
 
 def lock(out):
-    """OUT for this process alone, until it ends in any way; InputError names the process that has
-    it.
-    """
+    """OUT for this process alone, however it ends; InputError names the process that has it."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+")  # noqa: SIM115, open as long as the run
+    file = open(out / ".lock", "a+")  # open as long as the run
     try:
-        if fcntl:
-            # the system frees it when a process dies
+        if fcntl:  # the system frees it when a process dies
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        raise InputError(
-            f"--out {out}: in use by {file.read().strip()}; wait, or end it"
-        ) from error
+        owner = file.read().strip()
+        raise InputError(f"--out {out}: in use by {owner}; wait, or end it") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -324,8 +317,7 @@ def lock(out):
 
 
 def join(run, args):
-    """The process group of all ranks, once all are there with the same pairs and the same first
-    step.
+    """The process group of all ranks, once all are there with the same pairs and first step.
 
     Nobody waits for another's scan of the shards in a collective, whose timeout would be too short,
     but at the store. A restart by torchrun has keys of its own, so that it never reads those of the
@@ -350,9 +342,7 @@ def join(run, args):
 
 
 def start_run(args):
-    """All that stands before the first step, as a namespace; nothing of the run is written before
-    it.
-    """
+    """All that stands before the first step, as a namespace; before it nothing is written."""
     data.expand_shards(args.data)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     run = SimpleNamespace(rank=args.rank, ranks=args.ranks, signals=[], evaluating=False)
@@ -424,9 +414,7 @@ def weights_of(args):
 
 
 def gradients(model, batch, run, args):
-    """Forward and backward pass. Returns (loss terms without a graph, gradient norm before
-    clipping).
-    """
+    """Forward and backward pass: (loss terms without a graph, gradient norm before clipping)."""
     with autocast(run):
         losses = model(*batch, micro_batch=args.micro_batch)
         loss = gcl.total_loss(losses, weights_of(args))
@@ -490,9 +478,7 @@ def memory_gb(device):
 
 
 def log_record(done, facts, clock, run, args):
-    """What one log line says. clock: time and step of the line before, seconds waited for data
-    since.
-    """
+    """What a log line says. clock: time and step of the one before, seconds waited for data."""
     net, seconds = run.net, time.perf_counter() - clock.since
     speed = (done - clock.step) * args.batch_size / seconds
     record = {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))}
@@ -520,9 +506,7 @@ def read_eval_sets(run, args):
 
 
 def evaluate_now(run, done, args, bar):
-    """mIoU of the --eval sets under the protocol without PAMR, which is slow; the best net is
-    best.pt.
-    """
+    """mIoU of the --eval sets by the protocol, but for PAMR, which is slow; best.pt for the best."""
     run.net.eval()
     run.evaluating, results = True, {}
     for dataset in run.sets:
@@ -547,9 +531,7 @@ def evaluate_now(run, done, args, bar):
 
 @torch.no_grad()
 def draw_samples(run, path, rows=4):
-    """samples.png: the same few pairs each time, under the masks of their own captions and the
-    next's.
-    """
+    """samples.png: always the same pairs, under masks of their own captions and the next ones."""
     n = min(rows, len(run.pairs))
     samples = [run.pairs[k, k * len(run.pairs) // n][:2] for k in range(n)]
     images, tokens = (torch.stack(x).to(run.device) for x in zip(*samples, strict=True))
@@ -638,7 +620,7 @@ def after_step(done, facts, clock, run, args, bar):
 
 
 def follow_up(run, done, args, bar):
-    """Evaluation and pictures that are due after a checkpoint; after a kill in their midst, again."""
+    """Evaluation and pictures that are due after a checkpoint; after a kill, once more."""
     evaluation = run.sets and due(done, args.eval_every, args)
     if evaluation and run.progress["evaluated"] < done:
         evaluate_now(run, done, args, bar)
