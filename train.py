@@ -506,7 +506,7 @@ def read_eval_sets(run, args):
 
 
 def evaluate_now(run, done, args, bar):
-    """mIoU of the --eval sets by the protocol, but for PAMR, which is slow; best.pt for the best."""
+    """mIoU of the --eval sets by the protocol, but without PAMR; the best net is best.pt."""
     run.net.eval()
     run.evaluating, results = True, {}
     for dataset in run.sets:
