@@ -16,6 +16,7 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import kill
 import pytest
 import torch
 from conftest import run_ranks
@@ -1046,6 +1047,26 @@ CHANGES |= {
     "warmup_steps": 1,
 }
 CHANGES |= {"clip_grad": 1, "image_size": 16, "seed": 3, "lambda_tv": 2}
+
+
+def kill_command(folder):
+    """A run of four steps with two evaluations, the second of them the better one or not."""
+    model, pretrained = make_clip(folder / "kill-clip")
+    shards, spec = (
+        make_shards(folder / "kill-data", shards=1, pairs=4),
+        make_set(folder / "set", n=1),
+    )
+    command = "--batch-size 2 --lr 1e-2 --steps 4 --warmup-steps 1 --save-every 3 --log-every 1"
+    command += " --eval-every 2 --device cpu --workers 0"
+    names = ["--data", shards, "--model", model, "--pretrained", pretrained, "--eval", spec]
+    return [*command.split(), *names]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a run is forked")
+def test_a_run_that_was_killed_at_any_file_operation_ends_as_the_unbroken_one(tmp_path):
+    """Every fifth here; python tests/kill.py tries all."""
+    points, differs = kill.survive(kill_command(tmp_path), tmp_path, stride=5)
+    assert points >= 8 and not differs
 
 
 @pytest.mark.parametrize("name", train.SAME_RUN)
