@@ -1,33 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Shards, their order, training samples; labelled sets and the label rules of the eight benchmarks."""
+"""Shards, their index and order, training samples, `python data.py check`."""
 
 import io
-import json
 import multiprocessing
 import os
 import pickle
 import re
-import signal
-import struct
 import sys
 import tarfile
 import time
 import tracemalloc
-import zlib
 
-import conftest
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 from tiny import jpeg, make_shards, write_tar
 
 import data
 import files
 import gcl
-
-RULES = json.loads((conftest.GOLDEN / "datasets.json").read_text())
 
 
 def words(texts):
@@ -42,16 +34,6 @@ def dataset(shards, seed=0, strong=False, cache=None):
 
 def pair(stem, caption="7", image=None):
     return [(f"{stem}.jpg", jpeg(1) if image is None else image), (f"{stem}.txt", caption.encode())]
-
-
-def encode(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def grey(value, mode="RGB", size=(30, 20)):
-    return Image.new("RGB", size, (value,) * 3).convert(mode)
 
 
 # ---- where the pairs lie ----
@@ -77,7 +59,7 @@ def test_missing_shards_are_named(tmp_path):
 
 def found_in(path):
     """{image bytes: text bytes} of a shard's rows, and its counts."""
-    counts, rows = data.scan_shard(path)
+    counts, rows, _ = data.scan_shard(path)
     return {
         i.decode(): t.decode() for i, t in (data.read_bytes(path, row) for row in rows)
     }, counts.tolist()
@@ -136,8 +118,8 @@ def add(tar, name, content, **fields):
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
-    """Long names, names beyond ASCII, folders; the fast walk does them all itself, in each of the three formats."""
+def test_members_of_every_format_are_found(tmp_path, kind):
+    """Long names, names beyond ASCII, folders, in each of the three formats."""
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=kind) as tar:
         for name in (
@@ -156,13 +138,10 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
         add(tar, "last.jpg", bytes(513))
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    assert list(data.walk_headers(path)) == expected and data.list_members(path) == (
-        expected,
-        False,
-    )
+    assert data.list_members(path) == (expected, {})
 
 
-def test_unusual_headers_are_left_to_tarfile(tmp_path):
+def test_links_and_global_headers_are_passed_over(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(
         path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a global header"}
@@ -170,8 +149,6 @@ def test_unusual_headers_are_left_to_tarfile(tmp_path):
         add(tar, "a.jpg", b"image a")
         add(tar, "a.txt", b"a")
         add(tar, "b.txt", b"", type=tarfile.SYMTYPE, linkname="a.txt")
-    with pytest.raises(ValueError):
-        list(data.walk_headers(path))
     assert found_in(path) == ({"image a": "a"}, [1, 0, 0, 0])
 
 
@@ -186,10 +163,7 @@ def test_a_cut_shard_gives_the_pairs_before_the_cut_with_one_warning(tmp_path, c
     )  # 512 of header and 1024 of content per member
     for _ in range(2):
         assert len(dataset(str(tmp_path / "cut.tar"), cache=tmp_path)) == 3
-    assert (
-        capsys.readouterr().err
-        == f"warning: {tmp_path}/cut.tar: cut off; using the 3 pairs before the cut\n"
-    )
+    assert capsys.readouterr().err == f"warning: 1 cut off shards: {tmp_path}/cut.tar\n"
     rows = [data.scan_shard(str(tmp_path / name))[1] for name in ("cut.tar", "x.tar")]
     assert rows[0].tolist() == rows[1][:3].tolist()
 
@@ -204,8 +178,8 @@ def test_a_broken_header_ends_a_shard_as_a_cut_does(tmp_path):
 def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
     for content in (b"this is not a tar" * 100, b""):
         (tmp_path / "no.tar").write_bytes(content)
-        with pytest.raises(files.InputError, match="no.tar: not a tar"):
-            data.scan_shard(str(tmp_path / "no.tar"))
+        with pytest.raises(files.InputError, match="1 unreadable .*no.tar: not a tar"):
+            data.index_shards([str(tmp_path / "no.tar")])
     path = write_tar(tmp_path / "x.tar", [("readme.md", b"hello")])
     with pytest.raises(files.InputError, match="x.tar: no image-text pairs"):
         dataset(path, cache=tmp_path / "out")
@@ -226,6 +200,176 @@ def test_offsets_past_4_gib_are_kept(tmp_path):
         file.write(open(write_tar(tmp_path / "y.tar", pair("b", "8")), "rb").read())
     rows = data.scan_shard(path)[1]
     assert data.read_bytes(path, rows[1]) == [jpeg(1), b"8"] and int(rows[1][0]) * 512 > hole
+
+
+def header(name, size, kind=b"0"):
+    """512 bytes; size is a number, or the 12 bytes of its field."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+    block[156:157], block[257:265] = kind, b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+def member(name, content, kind=b"0"):
+    return header(name, len(content), kind) + content + bytes(-len(content) % 512)
+
+
+def record(key, value):
+    """One line of a pax header; the length in front counts itself."""
+    rest = b" %s=%s\n" % (key, value)
+    return next(
+        b"%d%s" % (n, rest) for n in range(len(rest), len(rest) + 9) if n == len(rest) + len(str(n))
+    )
+
+
+def sized(key, value, kind=b"x"):
+    """A pax header of one record, and the member that follows it."""
+    return member(b"pax", record(key, value), kind) + member(b"b.jpg", b"x")
+
+
+GOOD = member(b"a.jpg", b"image a") + member(b"a.txt", b"a")
+SPARSE = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
+HOSTILE = {  # what follows a whole pair, and whether the scan ends there
+    "negative size": (header(b"b.jpg", (256**12 - 512).to_bytes(12, "big")), True),
+    "size that leads back to the start": (
+        header(b"b.jpg", (256**12 - 2048).to_bytes(12, "big")),
+        True,
+    ),
+    "size past 2^63": (header(b"b.jpg", b"\x80" + (2**70).to_bytes(11, "big")), True),
+    "size of 2^62": (header(b"b.jpg", b"\x80" + (2**62).to_bytes(11, "big")), True),
+    "size that is no number": (header(b"b.jpg", b"zzzzzzzzzzz\0"), True),
+    "pax size below zero": (sized(b"size", b"-512"), True),
+    "pax size of 4,000 digits": (sized(b"size", b"9" * 4000), True),
+    "pax record of 5 MB": (sized(b"comment", b"x" * 5_000_000), True),
+    "pax record without an end": (member(b"pax", b"1" * 8000, b"x") + GOOD, False),
+    "pax record of length 0": (member(b"pax", b"0 a=b\n", b"x") + GOOD, True),
+    "long name of 8 GB": (header(b"name", 2**33, b"L"), True),
+    "long name of negative size": (
+        header(b"name", (256**12 - 512).to_bytes(12, "big"), b"L"),
+        True,
+    ),
+    "3,000 nested long names": (member(b"name", b"b.jpg\0", b"L") * 3000, True),
+    "3,000 nested pax headers": (sized(b"path", b"b.jpg")[:1024] * 3000, True),
+    "3,000 global headers": (sized(b"comment", b"c", b"g")[:1024] * 3000, True),
+    "sparse, GNU": (header(b"b.jpg", 5, b"S"), True),
+    "sparse, pax": (member(b"pax", SPARSE, b"x") + member(b"b.jpg", b"9" * 40 + b"\n"), True),
+    "a device": (header(b"b.jpg", 0, b"3"), False),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_gives_what_stands_before_in_bounded_memory(tmp_path, name):
+    after, ends = HOSTILE[name]
+    path = tmp_path / "x.tar"
+    path.write_bytes(GOOD + after + member(b"z.jpg", b"image z") + member(b"z.txt", b"z"))
+    tracemalloc.start()
+    counts, rows, wrong = data.scan_shard(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts[0] == (1 if ends else 2) and peak < 5_000_000
+    assert [data.read_bytes(path, row) for row in rows][0] == [b"image a", b"a"]
+    assert wrong == {"cut off shards": [str(path)]}  # there are no zeros at its end
+
+
+@pytest.mark.parametrize("after", [600, 512, 100])
+def test_a_shard_cut_inside_its_first_member_counts_as_cut(tmp_path, after):
+    path = tmp_path / "x.tar"
+    path.write_bytes(member(b"a.jpg", bytes(700))[:after])
+    what = "cut off shards" if after >= 512 else "unreadable shards"
+    assert list(data.scan_shard(str(path))[2]) == [what]
+
+
+def odd_shards(folder):
+    """Five good pairs, and one of everything else that a glob can meet."""
+    make_shards(folder, shards=1, pairs=5)
+    (folder / "empty.tar").touch()
+    for k in range(4):
+        (folder / f"no{k}.tar").write_bytes(b"no tar" * 1000)
+    (folder / "cut.tar").write_bytes((folder / "000.tar").read_bytes()[:3000])
+    write_tar(folder / "none.tar", [("readme.md", b"hello")])
+    (folder / "folder.tar").mkdir()
+    (folder / "link.tar").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.tar")
+    return str(folder / "*.tar")
+
+
+def test_all_odd_shards_are_named_at_once(tmp_path, capsys):
+    shards = odd_shards(tmp_path)
+    with pytest.raises(files.InputError) as error:
+        dataset(shards, cache=tmp_path / "out")
+    for words in (
+        r"8 unreadable shards: .*/empty.tar: .*; .*/folder.tar: .*no file.*; .*/link.tar: ",
+        r"1 cut off shards: .*/cut.tar, 1 shards without pairs: .*/none.tar: no image-text pairs, ",
+    ):
+        assert re.search(words, str(error.value))
+    assert data.check_shards([shards], processes=2) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"unreadable shards +8  .*/empty.tar: .*; .*/link.tar", out)
+    assert re.search(r"shards without pairs +1  .*/none.tar: ", out)
+    assert re.search(r"good pairs +5  ", out)
+
+
+def test_a_shard_without_pairs_is_wrong_in_a_check_and_a_warning_in_training(tmp_path, capsys):
+    make_shards(tmp_path, shards=1, pairs=5)
+    write_tar(tmp_path / "none.tar", [("readme.md", b"hello")])
+    assert len(dataset(str(tmp_path / "*.tar"))) == 5
+    assert re.fullmatch(
+        r"warning: 1 shards without pairs: .*/none.tar.*\n", capsys.readouterr().err
+    )
+    assert data.check_shards([str(tmp_path / "*.tar")]) == 1
+
+
+def test_brackets_and_braces_in_a_path_are_taken_as_they_are(tmp_path):
+    for name in ("a[1].tar", "{0..1}.tar", "what?.tar", "a b\n.tar"):
+        path = write_tar(tmp_path / name, pair("a"))
+        assert data.expand_shards([path]) == [path]
+
+
+def test_a_range_of_any_length_ends_at_the_first_shard_that_is_missing(tmp_path):
+    make_shards(tmp_path, shards=2, pairs=1)
+    tracemalloc.start()
+    with pytest.raises(files.InputError, match="002.tar is missing"):
+        data.expand_shards([str(tmp_path / "{000..999999999}.tar")])
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_the_same_shards_under_another_path_are_the_same(tmp_path, monkeypatch):
+    pattern = make_shards(tmp_path / "one", shards=2, pairs=3)
+    prints = {dataset(pattern, cache=tmp_path / "out").fingerprint()}
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
+    for pattern in ("*.tar", str(tmp_path / "two/{000..001}.tar"), "../two/00[01].tar"):
+        prints.add(dataset(pattern, cache=tmp_path / "out").fingerprint())
+    assert len(prints) == 1
+    write_tar(tmp_path / "two/001.tar", pair("other"))
+    assert dataset("*.tar").fingerprint() not in prints
+
+
+LONG = "d" * 120 + "/" + "e" * 120
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    ("stem", "shown"),
+    [
+        ("Gem\u00e4lde/\u732b", "Gem\u00e4lde/\u732b"),
+        (LONG, LONG),
+        ("\x1b[2Ja\nb\udcff", r"\x1b[2Ja\nb\udcff"),
+    ],
+    ids=["beyond ASCII", "long", "control characters"],
+)
+def test_names_in_messages_are_those_of_the_members(tmp_path, capsys, kind, stem, shown):
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        add(tar, "a.jpg", jpeg(1))
+        add(tar, "a.txt", b"a")
+        add(tar, f"{stem}.jpg", b"broken")
+        add(tar, f"{stem}.txt", b"b")
+    assert data.check_shards([str(tmp_path / "x.tar")]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "bad: image" in line)
+    assert f"x.tar: {shown}.jpg (not a picture" in line
 
 
 # ---- the index ----
@@ -251,7 +395,15 @@ def test_shards_are_scanned_once_and_again_when_they_change(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b"", lambda b: b[:-16], lambda b: b[:40], lambda b: bytes(len(b))]
+    "damage",
+    [
+        lambda b: b"",
+        lambda b: b[:-16],
+        lambda b: b[:40],
+        lambda b: bytes(len(b)),
+        lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+    ],
+    ids=["empty", "cut", "a row and a half", "zeros", "a flipped bit"],
 )
 def test_a_broken_cache_is_made_anew(tmp_path, damage):
     pattern = make_shards(tmp_path / "data", shards=2, pairs=3)
@@ -259,7 +411,7 @@ def test_a_broken_cache_is_made_anew(tmp_path, damage):
     (cache,) = (tmp_path / "out").iterdir()
     cache.write_bytes(damage(cache.read_bytes()))
     assert np.array_equal(dataset(pattern, cache=tmp_path / "out").index, expected)
-    assert np.array_equal(np.load(cache), expected)
+    assert np.array_equal(data.open_index(cache), expected)
 
 
 def test_a_pool_scans_as_one_process_does(tmp_path):
@@ -271,7 +423,7 @@ def test_a_pool_scans_as_one_process_does(tmp_path):
 
 
 def test_an_index_is_mapped_and_not_sent_to_workers(tmp_path):
-    """16 bytes a pair, read from the one file by every process; a pickled data set holds its path alone."""
+    """16 bytes a pair, in the one file for every process; a pickled data set holds its path."""
     pairs = dataset(make_shards(tmp_path / "data", shards=1, pairs=200), cache=tmp_path / "out")
     assert isinstance(pairs.index, np.memmap) and pairs.index[1:].nbytes == 16 * 200
     pickled = pickle.dumps(pairs)
@@ -356,116 +508,20 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
 
 
+def test_a_long_caption_is_cut_before_the_tokenizer(tmp_path):
+    seen = []
+    pairs = dataset(write_tar(tmp_path / "x.tar", pair("a", "7 " + "x" * 16_000)))
+    pairs.tokenizer = lambda texts: seen.append(texts[0]) or words(texts)
+    assert pairs[(0, 0)][1].tolist() == [7] and seen[0] == "7 " + "x" * 1998
+    assert len(pairs.read(0)[1]) == 16_002
+
+
 def test_noise_and_augmentation_of_a_sample_share_no_numbers(tmp_path):
     drawn = []
     pairs = dataset(make_shards(tmp_path))
     pairs.transform = lambda image: drawn.append(torch.rand(64))
     noise = pairs[(5, 3)][2]
     assert not set(drawn[0].tolist()) & set(noise.flatten().tolist())
-
-
-IMAGES = {  # bytes of an image, and the grey value it is to be shown in
-    "cmyk": (encode(grey(90, "CMYK"), "JPEG"), 90),
-    "palette": (encode(grey(204, "P")), 204),
-    "palette, one colour transparent": (
-        encode(grey(204, "P"), transparency=grey(204, "P").getpixel((0, 0))),
-        255,
-    ),
-    "palette, half transparent": (encode(grey(204, "P"), transparency=bytes([128]) * 256), 229),
-    "1 bit": (encode(grey(255, "1")), 255),
-    "16 bit": (encode(Image.fromarray(np.full((20, 30), 90 * 256 + 200, dtype=np.uint16))), 90),
-    "grey, alpha": (encode(Image.new("LA", (30, 20), (0, 0))), 255),
-    "colour, alpha": (encode(Image.new("RGBA", (30, 20), (90, 90, 90, 255))), 90),
-    "animated gif": (encode(grey(90), "GIF", save_all=True, append_images=[grey(0)] * 3), 90),
-    "animated webp": (
-        encode(grey(90), "WEBP", save_all=True, append_images=[grey(0)] * 3, lossless=True),
-        90,
-    ),
-    "animated png": (encode(grey(90), "PNG", save_all=True, append_images=[grey(0)] * 3), 90),
-}
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_every_kind_of_image_becomes_rgb(name, recwarn):
-    content, value = IMAGES[name]
-    image = files.read_picture(content)
-    assert (image.mode, image.size) == ("RGB", (30, 20)) and not recwarn.list
-    assert np.abs(np.array(image).astype(int) - value).max() <= 1
-
-
-def test_a_photograph_that_lies_on_its_side_is_put_upright():
-    """EXIF orientation 6: the camera was turned; what is stored as the left edge belongs on top."""
-    stored = Image.fromarray(
-        np.repeat(np.uint8([[250] * 8 + [20] * 24]), 16, 0)[..., None].repeat(3, 2)
-    )
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    upright = np.array(files.read_picture(encode(stored, "JPEG", exif=exif)))
-    assert upright.shape == (32, 16, 3) and upright[:7].mean() > 230 and upright[9:].mean() < 40
-    plain = encode(
-        stored, "JPEG", exif=exif.tobytes()[:-9] + b"\xff" * 9
-    )  # a broken block is passed over
-    assert files.read_picture(plain).size == (32, 16)
-
-
-BAD_IMAGES = {
-    "empty": (b"", "image"),
-    "text": (b"<html>404</html>", "image"),
-    "zeros": (bytes(1000), "image"),
-    "cut jpeg": (jpeg(1, (200, 200))[:-2000], "image"),
-    "cut png": (
-        encode(Image.fromarray(np.arange(30_000, dtype=np.uint8).reshape(100, 300)))[:-100],
-        "image",
-    ),
-    "postscript": (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
-        "image",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_says_so(name, recwarn):
-    with pytest.raises(data.BadSample) as bad:
-        files.read_picture(BAD_IMAGES[name][0])
-    assert (
-        bad.value.reason == BAD_IMAGES[name][1] and "\n" not in str(bad.value) and not recwarn.list
-    )
-
-
-@pytest.mark.parametrize(
-    "side", [9_500, 20_000, 60_000]
-)  # just above the limit, above twice the limit, far above
-def test_a_giant_image_is_refused_by_its_header(side, recwarn, monkeypatch):
-    def ihdr(content):
-        return (
-            struct.pack(">I", 13)
-            + b"IHDR"
-            + content
-            + struct.pack(">I", zlib.crc32(b"IHDR" + content))
-        )
-
-    giant = encode(grey(1))
-    giant = giant[:8] + ihdr(struct.pack(">II", side, side) + giant[24:29]) + giant[33:]
-    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(data.BadSample) as bad:
-        files.read_picture(giant)
-    assert bad.value.reason == "size" and not recwarn.list
-
-
-def test_no_damaged_image_brings_anything_but_a_bad_sample():
-    rng = np.random.default_rng(0)
-    for content in [
-        jpeg(3),
-        *(encode(Image.open(io.BytesIO(jpeg(3))), kind) for kind in ("PNG", "WEBP", "GIF", "BMP")),
-    ]:
-        for _ in range(40):
-            damaged = np.frombuffer(content, dtype=np.uint8).copy()
-            damaged[rng.integers(0, 120, 6)] = rng.integers(0, 256, 6)
-            try:
-                assert files.read_picture(damaged.tobytes()).mode == "RGB"
-            except data.BadSample as bad:
-                assert bad.reason in data.REASONS
 
 
 @pytest.mark.parametrize(
@@ -519,7 +575,7 @@ def test_bad_samples_are_replaced_in_a_fixed_way_and_counted_by_reason(tmp_path)
 
 
 def test_a_broken_stretch_is_left_at_once(tmp_path):
-    """150 bad samples in a row out of 400: the replacement lies a hundredth of all pairs, 4, further on each time."""
+    """150 bad samples in a row out of 400: a replacement lies a hundredth of all, 4, on."""
     members = sum((pair(k, str(k), None if k >= 150 else b"x") for k in range(400)), [])
     pairs = dataset(write_tar(tmp_path / "x.tar", members))
     assert [pairs[(0, k)][1].item() for k in (0, 3, 149, 399)] == [152, 151, 153, 399]
@@ -528,9 +584,7 @@ def test_a_broken_stretch_is_left_at_once(tmp_path):
 
 def test_nothing_but_bad_samples_is_an_error_that_names_one(tmp_path):
     pairs = dataset(write_tar(tmp_path / "x.tar", pair("some/name", image=b"broken")))
-    with pytest.raises(
-        files.InputError, match="x.tar: some/name.jpg: unreadable .image: Unidentified"
-    ):
+    with pytest.raises(files.InputError, match="x.tar: some/name.jpg: unreadable .not a picture"):
         pairs[(0, 0)]
 
 
@@ -573,15 +627,6 @@ def test_the_training_transform_crops_flips_and_normalises():
     assert (steps[-1].p, steps[-1].value) == (0.25, "random")
 
 
-def die(item):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_worker_process_is_said(tmp_path):
-    with pytest.raises(files.InputError, match="scanning: one of 2 processes was killed"):
-        list(files.in_parallel(die, range(4), 2, "scanning"))
-
-
 # ---- python data.py check ----
 
 
@@ -603,8 +648,8 @@ def test_a_check_decodes_everything_and_says_what_is_wrong(tmp_path, capsys):
         r"shards +5\n",
         r"half pairs +1 ",
         r"duplicates +2 ",
-        r"bad: image +2 .*good/bad.tar: b.jpg \(image: Unid",
-        r"bad: caption +1 .*good/bad.tar: c.jpg \(caption: empty",
+        r"bad: image +2 .*good/bad.tar: b.jpg \(not a pic",
+        r"bad: caption +1 .*good/bad.tar: c.jpg \(an empty",
         r"cut off shards +1 .*cut.tar",
         r"unreadable shards +1 .*no.tar: not a tar",
         r"[\d,]+ pairs per second",
@@ -658,3 +703,14 @@ def test_resume_is_arithmetic():
         data.GlobalOrder(7, 4, 9, seed=3, start=5),
     )
     assert list(rest) == whole[5:] and len(rest) == 4
+
+
+OLD = ["check --datasets voc --data-root d", "prepare-context --data-root d", "check my/SPEC.json"]
+
+
+@pytest.mark.parametrize("line", [*OLD, "check", ""])
+def test_who_types_an_old_command_is_told_where_it_is(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        data.parse_args(line.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and (not line or "python benchmarks.py check" in last)
