@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import jpeg, make_shards, write_tar
+from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 import data
 import files
@@ -506,6 +507,8 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert torch.equal(torch.random.get_rng_state(), before)
         assert not torch.equal(dataset(shards, strong=strong)[(6, 3)][2], first[2])
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
+        # Neither does the next seed's run repeat this one's samples a place earlier.
+        assert not torch.equal(dataset(shards, seed=1, strong=strong)[(4, 3)][2], first[2])
 
 
 def test_a_long_caption_is_cut_before_the_tokenizer(tmp_path):
@@ -625,6 +628,20 @@ def test_the_training_transform_crops_flips_and_normalises():
     steps = data.train_transform(16, gcl.IMAGENET_NORM, strong=True).transforms
     assert (steps[0].scale, steps[2].num_ops, steps[2].magnitude) == ((0.08, 1.0), 2, 9)
     assert (steps[-1].p, steps[-1].value) == (0.25, "random")
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_crops_are_bicubic_and_bilinear_in_the_release_recipe(strong):
+    """The same random crop of noise by another function of torchvision: only one kernel fits."""
+    noise = Image.open(io.BytesIO(jpeg(1, (90, 70))))
+    crop = data.train_transform(32, gcl.CLIP_NORM, strong).transforms[0]
+    torch.manual_seed(3)
+    found = crop(noise)
+    torch.manual_seed(3)
+    box = crop.get_params(noise, (0.08, 1.0), (3 / 4, 4 / 3))
+    kernel = InterpolationMode.BILINEAR if strong else InterpolationMode.BICUBIC
+    expected = resized_crop(noise, *box, (32, 32), kernel)
+    assert np.array_equal(np.array(found), np.array(expected))
 
 
 # ---- python data.py check ----
