@@ -188,24 +188,30 @@ def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
 
 
 def test_offsets_past_4_gib_are_kept(tmp_path):
-    """A sparse file: two pairs with 5 GiB of nothing between them, as one member."""
+    """A sparse file: two pairs with 5 GiB of nothing between them, a member too large to be read."""
+    after = pair("b", "8") + [("hole.txt", b"9")]
     path, hole = str(tmp_path / "x.tar"), 5 << 30
     write_tar(path, pair("a"))
     with open(path, "r+b") as file:
         at = data.list_members(path)[0][-1][1] + 512
-        header = tarfile.TarInfo("hole")
+        header = tarfile.TarInfo("hole.jpg")
         header.size = hole
         file.seek(at)
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         file.seek(at + 512 + hole)
-        file.write(open(write_tar(tmp_path / "y.tar", pair("b", "8")), "rb").read())
+        file.write(open(write_tar(tmp_path / "y.tar", after), "rb").read())
     rows = data.scan_shard(path)[1]
-    assert data.read_bytes(path, rows[1]) == [jpeg(1), b"8"] and int(rows[1][0]) * 512 > hole
+    assert (
+        len(rows) == 2
+        and data.read_bytes(path, rows[1]) == [jpeg(1), b"8"]
+        and int(rows[1][0]) * 512 > hole
+    )
 
 
-def header(name, size, kind=b"0"):
-    """512 bytes; size is a number, or the 12 bytes of its field."""
+def header(name, size, kind=b"0", sparse=b""):
+    """512 bytes; size is a number, or the 12 bytes of its field; sparse is GNU's map of data."""
     block = bytearray(512)
+    block[386 : 386 + len(sparse)] = sparse
     block[: len(name)] = name
     block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
     block[156:157], block[257:265] = kind, b"ustar\x0000"
@@ -231,11 +237,15 @@ def sized(key, value, kind=b"x"):
 
 
 GOOD = member(b"a.jpg", b"image a") + member(b"a.txt", b"a")
+BACK = (256**12 - 2560).to_bytes(12, "big")  # below zero
+MAP = b"%011o\0%011o\0" % (0, 5) + bytes(73) + b"%011o\0" % 5
 SPARSE = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
 HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "negative size": (header(b"b.jpg", (256**12 - 512).to_bytes(12, "big")), True),
-    "size that leads back to the start": (
-        header(b"b.jpg", (256**12 - 2048).to_bytes(12, "big")),
+    "size of -1": (header(b"b.jpg", b"\xff" * 12) + member(b"b.txt", b"b"), True),
+    "size that leads back to the start": (header(b"b.jpg", BACK), True),
+    "size that leads back, of a sparse member": (
+        member(b"pax", record(b"GNU.sparse.size", b"5"), b"x") + header(b"b.jpg", BACK),
         True,
     ),
     "size past 2^63": (header(b"b.jpg", b"\x80" + (2**70).to_bytes(11, "big")), True),
@@ -243,6 +253,7 @@ HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "size that is no number": (header(b"b.jpg", b"zzzzzzzzzzz\0"), True),
     "pax size below zero": (sized(b"size", b"-512"), True),
     "pax size of 4,000 digits": (sized(b"size", b"9" * 4000), True),
+    "pax record of 60 kB": (sized(b"comment", b"x" * 60_000), True),
     "pax record of 5 MB": (sized(b"comment", b"x" * 5_000_000), True),
     "pax record without an end": (member(b"pax", b"1" * 8000, b"x") + GOOD, False),
     "pax record of length 0": (member(b"pax", b"0 a=b\n", b"x") + GOOD, True),
@@ -254,7 +265,10 @@ HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "3,000 nested long names": (member(b"name", b"b.jpg\0", b"L") * 3000, True),
     "3,000 nested pax headers": (sized(b"path", b"b.jpg")[:1024] * 3000, True),
     "3,000 global headers": (sized(b"comment", b"c", b"g")[:1024] * 3000, True),
-    "sparse, GNU": (header(b"b.jpg", 5, b"S"), True),
+    "sparse, GNU": (
+        header(b"b.jpg", 5, b"S", MAP) + b"image".ljust(512, b"\0") + member(b"b.txt", b"b"),
+        False,
+    ),
     "sparse, pax": (member(b"pax", SPARSE, b"x") + member(b"b.jpg", b"9" * 40 + b"\n"), True),
     "a device": (header(b"b.jpg", 0, b"3"), False),
 }
