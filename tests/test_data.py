@@ -188,7 +188,7 @@ def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
 
 
 def test_offsets_past_4_gib_are_kept(tmp_path):
-    """A sparse file: two pairs with 5 GiB of nothing between them, a member too large to be read."""
+    """A sparse file: two pairs, and between them a member of 5 GiB, too large to be read."""
     after = pair("b", "8") + [("hole.txt", b"9")]
     path, hole = str(tmp_path / "x.tar"), 5 << 30
     write_tar(path, pair("a"))
