@@ -263,12 +263,14 @@ def pair_name(path, row):
 def train_transform(image_size, norm, strong):
     """PIL image -> normalised float [3, image_size, image_size]. norm: (mean, std).
 
-    Paper silent: augmentation. Random resized crop 0.08-1 and flip; strong: the release adds
-    RandAugment (2 ops, magnitude 9) and random erasing (0.25, pixel noise).
+    Paper silent: augmentation. Random resized crop 0.08-1, bicubic as CLIP's, and flip. strong, as
+    the release: bilinear crops, RandAugment, random erasing (0.25, pixel noise).
+    Release differs: its RandAugment is timm's rand-m9-mstd0.5-inc1, other operations with noise on
+    their magnitude; here it is torchvision's, 2 operations of magnitude 9.
     """
-    cubic = T.InterpolationMode.BICUBIC
+    kernel = T.InterpolationMode.BILINEAR if strong else T.InterpolationMode.BICUBIC
     steps = [
-        T.RandomResizedCrop(image_size, scale=(0.08, 1.0), interpolation=cubic),
+        T.RandomResizedCrop(image_size, scale=(0.08, 1.0), interpolation=kernel),
         T.RandomHorizontalFlip(),
         *([T.RandAugment(2, 9)] if strong else []),
         T.ToTensor(),
@@ -332,8 +334,7 @@ class PairDataset(Dataset):
             image = self.transform(image)  # [3, h, w]
             noise = torch.rand(1, *self.noise_size)  # [1, H, W]
         # A tokenizer's time grows with the square of a word; 77 tokens end long before.
-        tokens = self.tokenizer([caption[:2000]])[0]
-        return image, tokens, noise, bad
+        return image, self.tokenizer([caption[:2000]])[0], noise, bad
 
     def fingerprint(self):
         """A digest of where all pairs lie: other shards, or the same with other members, differ."""

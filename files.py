@@ -189,16 +189,15 @@ def write_whole(path, write):
     path = Path(path)
     # Two processes that write the same file have two names.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
         raise OSError(f"{path}: cannot be written ({reason})") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import jpeg, make_shards, write_tar
+from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 import data
 import files
@@ -187,24 +188,30 @@ def test_what_is_no_tar_or_holds_no_pairs_is_named(tmp_path):
 
 
 def test_offsets_past_4_gib_are_kept(tmp_path):
-    """A sparse file: two pairs with 5 GiB of nothing between them, as one member."""
+    """A sparse file: two pairs, and between them a member of 5 GiB, too large to be read."""
+    after = pair("b", "8") + [("hole.txt", b"9")]
     path, hole = str(tmp_path / "x.tar"), 5 << 30
     write_tar(path, pair("a"))
     with open(path, "r+b") as file:
         at = data.list_members(path)[0][-1][1] + 512
-        header = tarfile.TarInfo("hole")
+        header = tarfile.TarInfo("hole.jpg")
         header.size = hole
         file.seek(at)
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         file.seek(at + 512 + hole)
-        file.write(open(write_tar(tmp_path / "y.tar", pair("b", "8")), "rb").read())
+        file.write(open(write_tar(tmp_path / "y.tar", after), "rb").read())
     rows = data.scan_shard(path)[1]
-    assert data.read_bytes(path, rows[1]) == [jpeg(1), b"8"] and int(rows[1][0]) * 512 > hole
+    assert (
+        len(rows) == 2
+        and data.read_bytes(path, rows[1]) == [jpeg(1), b"8"]
+        and int(rows[1][0]) * 512 > hole
+    )
 
 
-def header(name, size, kind=b"0"):
-    """512 bytes; size is a number, or the 12 bytes of its field."""
+def header(name, size, kind=b"0", sparse=b""):
+    """512 bytes; size is a number, or the 12 bytes of its field; sparse is GNU's map of data."""
     block = bytearray(512)
+    block[386 : 386 + len(sparse)] = sparse
     block[: len(name)] = name
     block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
     block[156:157], block[257:265] = kind, b"ustar\x0000"
@@ -230,11 +237,15 @@ def sized(key, value, kind=b"x"):
 
 
 GOOD = member(b"a.jpg", b"image a") + member(b"a.txt", b"a")
+BACK = (256**12 - 2560).to_bytes(12, "big")  # below zero
+MAP = b"%011o\0%011o\0" % (0, 5) + bytes(73) + b"%011o\0" % 5
 SPARSE = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
 HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "negative size": (header(b"b.jpg", (256**12 - 512).to_bytes(12, "big")), True),
-    "size that leads back to the start": (
-        header(b"b.jpg", (256**12 - 2048).to_bytes(12, "big")),
+    "size of -1": (header(b"b.jpg", b"\xff" * 12) + member(b"b.txt", b"b"), True),
+    "size that leads back to the start": (header(b"b.jpg", BACK), True),
+    "size that leads back, of a sparse member": (
+        member(b"pax", record(b"GNU.sparse.size", b"5"), b"x") + header(b"b.jpg", BACK),
         True,
     ),
     "size past 2^63": (header(b"b.jpg", b"\x80" + (2**70).to_bytes(11, "big")), True),
@@ -242,6 +253,7 @@ HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "size that is no number": (header(b"b.jpg", b"zzzzzzzzzzz\0"), True),
     "pax size below zero": (sized(b"size", b"-512"), True),
     "pax size of 4,000 digits": (sized(b"size", b"9" * 4000), True),
+    "pax record of 60 kB": (sized(b"comment", b"x" * 60_000), True),
     "pax record of 5 MB": (sized(b"comment", b"x" * 5_000_000), True),
     "pax record without an end": (member(b"pax", b"1" * 8000, b"x") + GOOD, False),
     "pax record of length 0": (member(b"pax", b"0 a=b\n", b"x") + GOOD, True),
@@ -253,7 +265,10 @@ HOSTILE = {  # what follows a whole pair, and whether the scan ends there
     "3,000 nested long names": (member(b"name", b"b.jpg\0", b"L") * 3000, True),
     "3,000 nested pax headers": (sized(b"path", b"b.jpg")[:1024] * 3000, True),
     "3,000 global headers": (sized(b"comment", b"c", b"g")[:1024] * 3000, True),
-    "sparse, GNU": (header(b"b.jpg", 5, b"S"), True),
+    "sparse, GNU": (
+        header(b"b.jpg", 5, b"S", MAP) + b"image".ljust(512, b"\0") + member(b"b.txt", b"b"),
+        False,
+    ),
     "sparse, pax": (member(b"pax", SPARSE, b"x") + member(b"b.jpg", b"9" * 40 + b"\n"), True),
     "a device": (header(b"b.jpg", 0, b"3"), False),
 }
@@ -506,6 +521,8 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert torch.equal(torch.random.get_rng_state(), before)
         assert not torch.equal(dataset(shards, strong=strong)[(6, 3)][2], first[2])
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
+        # Neither does the next seed's run repeat this one's samples a place earlier.
+        assert not torch.equal(dataset(shards, seed=1, strong=strong)[(4, 3)][2], first[2])
 
 
 def test_a_long_caption_is_cut_before_the_tokenizer(tmp_path):
@@ -625,6 +642,20 @@ def test_the_training_transform_crops_flips_and_normalises():
     steps = data.train_transform(16, gcl.IMAGENET_NORM, strong=True).transforms
     assert (steps[0].scale, steps[2].num_ops, steps[2].magnitude) == ((0.08, 1.0), 2, 9)
     assert (steps[-1].p, steps[-1].value) == (0.25, "random")
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_crops_are_bicubic_and_bilinear_in_the_release_recipe(strong):
+    """The same random crop of noise by another function of torchvision: only one kernel fits."""
+    noise = Image.open(io.BytesIO(jpeg(1, (90, 70))))
+    crop = data.train_transform(32, gcl.CLIP_NORM, strong).transforms[0]
+    torch.manual_seed(3)
+    found = crop(noise)
+    torch.manual_seed(3)
+    box = crop.get_params(noise, (0.08, 1.0), (3 / 4, 4 / 3))
+    kernel = InterpolationMode.BILINEAR if strong else InterpolationMode.BICUBIC
+    expected = resized_crop(noise, *box, (32, 32), kernel)
+    assert np.array_equal(np.array(found), np.array(expected))
 
 
 # ---- python data.py check ----
