@@ -484,7 +484,8 @@ def read_spec(path):
         found = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
         if rest := [file for file in found if str(folder / file) not in taken]:
             pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
-            note(f"{spec.name}: {len(rest)} files of {folder} are left out, {pair}", rest)
+            line = f"{len(rest)} files of {folder} are left out, {pair}"
+            note(f"{spec.name}: {line}: {brief(', '.join(rest))}")
     return dataset
 
 
@@ -559,14 +560,14 @@ def survey(dataset, workers):
     elif absent:
         of = f"{len(absent)} of {len(classes)} classes"
         unscored = f"stored {ignored or 'none'} is not scored"
-        note(f"{dataset.name}: {unscored}, no label holds {of}", absent)
+        note(f"{dataset.name}: {unscored}, no label holds {of}: {brief(', '.join(absent))}")
     return wrong, stored
 
 
-def note(line, names):
-    """To stderr, once where several ranks run, with the first of the names."""
+def note(line):
+    """To stderr, once where several ranks run."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{line}: {brief(', '.join(names))}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def brief(text):
