@@ -288,7 +288,9 @@ def read_stored(path):
             packed = str(image.tile[0][3]) if image.tile else ""  # how the pixels lie in the file
             mode, stored = image.mode, np.array(image)
     except Exception as error:  # whatever a decoder stumbles over, as in files.read_picture
-        raise InputError(f"{path}: not a label that can be read ({error})") from error
+        raise InputError(
+            f"{path}: not a label that can be read ({files.first_line(error)})"
+        ) from error
     if stored.ndim != 2 or stored.dtype.kind == "f":
         raise InputError(
             f"{path}: stored as {mode}, not as class indices; a label is a palette or grey PNG "
@@ -464,7 +466,7 @@ def read_spec(path):
     top = 255 if max(stored) < 256 else 65_535
     ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
     lut = lookup_table(stored, [0] * shift + ignored)
-    if sorted({*lut.tolist()} - {INVALID, max(IGNORE, n)}) != list(range(n)):
+    if {*lut.tolist()} - {INVALID, max(IGNORE, n)} != {*range(n)}:
         raise InputError(f"{path}: each class needs one stored value that is not ignored")
     images = os.path.join(spec.images, "{id}" + spec.image_suffix)
     labels = os.path.join(spec.labels, "{id}" + spec.label_suffix)
@@ -478,15 +480,20 @@ def read_spec(path):
         {capitals(labels): lut, labels: lut},
     )
     dataset = read_files(spec.name, bench, Path(path).parent)
-    taken = {file for item in dataset.items for file in item[1:3]}
-    folders = {Path(path).parent / folder for folder in (spec.images, spec.labels)}
-    for folder in folders if not spec.list else ():
-        found = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
-        if rest := [file for file in found if str(folder / file) not in taken]:
+    if not spec.list:
+        say_left_out(spec, Path(path).parent, dataset.items)
+    return dataset
+
+
+def say_left_out(spec, root, items):
+    """On stderr: pictures of another suffix, labels without a picture."""
+    taken, known = {file for item in items for file in item[1:3]}, Image.registered_extensions()
+    for folder in {root / spec.images, root / spec.labels}:
+        found = [p for p in folder.iterdir() if p.suffix.lower() in known and p.name[0] != "."]
+        if rest := sorted(p.name for p in found if str(p) not in taken):
             pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
             line = f"{len(rest)} files of {folder} are left out, {pair}"
             note(f"{spec.name}: {line}: {brief(', '.join(rest))}")
-    return dataset
 
 
 def spec_problems(spec):
@@ -538,7 +545,8 @@ def check_item(item):
     if stored.shape != (height, width):
         sizes = f"{width}x{height} upright, its label {label} {stored.shape[1]}x{stored.shape[0]}"
         wrong = f"{image}: the image is {sizes}; they must agree"
-    return values, wrong or misfit(label, values, lut)
+    wrong = wrong or misfit(label, values, lut)
+    return values[: 99 if wrong else None], wrong  # ids of instances would be millions
 
 
 def survey(dataset, workers):

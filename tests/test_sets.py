@@ -166,7 +166,7 @@ def test_suffixes_in_capitals_are_taken_and_others_named(tmp_path, capsys):
         (images / f"{k}.png").unlink()
         (tmp_path / "x.jpg").rename(images / f"{k}{suffix}")
     (labels / "1.png").rename(labels / "1.PNG")
-    for hidden in ("images/._0.jpg", "images/.png", "labels/._0.png", "images/.notes.txt"):
+    for hidden in ("images/._0.jpg", "images/.png", "labels/._0.png", "images/notes.txt"):
         (tmp_path / "mine" / hidden).write_bytes(b"of another system")
     found = benchmarks.read_spec(spec)
     assert [item[:3] for item in found.items] == [
@@ -651,6 +651,14 @@ def test_check_names_every_kind_of_wrong_file(tmp_path, capsys, monkeypatch):
     labels[5].write_bytes(b"nothing")
     labels[6].write_bytes(b"nothing")
     assert checked(capsys, ["voc"], tmp_path)[2][5:] == ["voc: and 2 more files"]
+
+
+def test_labels_of_instances_do_not_fill_the_memory_of_check(tmp_path):
+    spec = make_set(tmp_path / "mine", n=1, label_suffix=".tif")
+    ids = np.arange(40 * 32, dtype=np.int32).reshape(32, 40)
+    Image.fromarray(ids).save(tmp_path / "mine/labels/0.tif")
+    values, wrong = benchmarks.check_item(benchmarks.read_spec(spec).items[0])
+    assert len(values) < 100 and "0.tif: label value 3 is outside" in wrong
 
 
 def test_columns_of_check_never_run_together(tmp_path, capsys):
