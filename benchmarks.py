@@ -6,7 +6,7 @@
     python benchmarks.py prepare-context           # PASCAL Context's PNGs from its .mat files
 
     data/VOCdevkit/VOC2012/...     a benchmark in the layout of its download (BENCHMARKS below)
-    mine/SPEC.json                 any labelled set of your own (see read_spec)
+    mine/SPEC.json                 any labelled set of your own (see Spec)
 
 In the file's order: the constants of the eight, label files, sets on disk, check, prepare-context.
 """
@@ -499,10 +499,11 @@ def say_left_out(spec, root, items):
 def spec_problems(spec):
     """Yields what is wrong with a Spec; each line relies on those before it."""
     for field, kind in Spec.__annotations__.items():
-        if not isinstance(value := getattr(spec, field), kind):
+        value = getattr(spec, field)
+        if not isinstance(value, kind) or (isinstance(value, str) and not is_line(value)):
             yield f"{field} cannot be {reprlib.repr(value)}"
     classes, palette = spec.classes, spec.palette or [[0, 0, 0]] * len(spec.classes)
-    if not all(isinstance(c, str) and len(c) < 1000 for c in classes):
+    if not all(map(is_line, classes)):
         yield "classes must be names of at most 999 letters"
     if not spec.background < len(classes) <= MOST:
         yield f"classes must be 1 to {MOST} names"
@@ -520,6 +521,11 @@ def spec_problems(spec):
             f"name {reprlib.repr(spec.name)} becomes a file name: of letters, digits, '.', '_' "
             "and '-' alone, and not the name of a benchmark"
         )
+
+
+def is_line(value):
+    """Is it a text that a message, a path or a prompt can hold?"""
+    return isinstance(value, str) and re.fullmatch(r"[^\0-\x1f]{,999}", value)
 
 
 def are_whole(value, most):

@@ -228,8 +228,12 @@ def test_an_id_may_hold_a_folder(tmp_path):
         ({"palette": {"k": [0] * 9999}}, "palette cannot be"),
         ({"classes": ["x" * 100_000, "y"]}, "at most 999 letters"),
         ({"classes": [f"c{k}" for k in range(10_001)]}, "classes must be 1 to 10000 names"),
-        ({"name": "x" * 100_000}, "becomes a file name"),
+        ({"name": "x" * 100_000}, "name cannot be"),
+        ({"name": "x" * 101}, "becomes a file name"),
         ({"images": 10**4000}, "images cannot be"),
+        ({"images": "x" * 100_000}, "images cannot be"),
+        ({"label_suffix": "a\nb"}, "label_suffix cannot be"),
+        ({"classes": ["cat\ndog"]}, "classes must be names"),
     ],
 )
 def test_an_absurd_spec_is_one_short_line(tmp_path, text, message):
