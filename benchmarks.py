@@ -6,7 +6,7 @@
     python benchmarks.py prepare-context           # PASCAL Context's PNGs from its .mat files
 
     data/VOCdevkit/VOC2012/...     a benchmark in the layout of its download (BENCHMARKS below)
-    mine/SPEC.json                 any labelled set of your own (see read_spec)
+    mine/SPEC.json                 any labelled set of your own (see Spec)
 
 In the file's order: the constants of the eight, label files, sets on disk, check, prepare-context.
 """
@@ -20,6 +20,7 @@ import re
 import reprlib
 import struct
 import sys
+import textwrap
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -287,7 +288,9 @@ def read_stored(path):
             packed = str(image.tile[0][3]) if image.tile else ""  # how the pixels lie in the file
             mode, stored = image.mode, np.array(image)
     except Exception as error:  # whatever a decoder stumbles over, as in files.read_picture
-        raise InputError(f"{path}: not a label that can be read ({error})") from error
+        raise InputError(
+            f"{path}: not a label that can be read ({files.first_line(error)})"
+        ) from error
     if stored.ndim != 2 or stored.dtype.kind == "f":
         raise InputError(
             f"{path}: stored as {mode}, not as class indices; a label is a palette or grey PNG "
@@ -299,8 +302,8 @@ def read_stored(path):
 def spans(values):
     """Sorted integers in short: [0, 1, 2, 255] is "0-2 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    short = [f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r)]
-    return " ".join(short if len(short) < 40 else [*short[:38], "...", short[-1]])
+    words = [f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r)]
+    return brief(" ".join(words))
 
 
 def allowed(lut):
@@ -370,8 +373,9 @@ def read_files(name, bench, data_root):
     patterns = [bench.images, *bench.labels, bench.ids]
     places = dict.fromkeys(root / re.split(r"{id}|\*", pattern)[0] for pattern in patterns)
     missing = [place for place in places if not place.exists()] if root.is_dir() else [root]
-    for i in [] if missing else find_ids(root, bench):
-        images = [root / path.replace("{id}", i) for path in (bench.images, capitals(bench.images))]
+    forms = [bench.images, capitals(bench.images)]
+    for i in [] if missing else find_ids(root, bench.ids, forms):
+        images = [root / path.replace("{id}", i) for path in forms]
         image = next(filter(Path.is_file, images), images[0])
         labels = {root / path.replace("{id}", i): lut for path, lut in bench.labels.items()}
         label = next(filter(Path.is_file, labels), [*labels][-1])
@@ -387,15 +391,14 @@ def read_files(name, bench, data_root):
     return SegmentationSet(name, *facts)
 
 
-def find_ids(root, bench):
+def find_ids(root, ids, forms):
     """The image ids of a Benchmark, from its list or from its folder of images."""
-    if "*" not in bench.ids:
-        return read_list(root / bench.ids)
-    before = root / bench.images.split("{id}")[0]
-    endings = [path.split("{id}")[1] for path in (bench.images, capitals(bench.images))]
+    if "*" not in ids:
+        return read_list(root / ids)
+    folder, endings = root / forms[0].split("{id}")[0], [path.split("{id}")[1] for path in forms]
     # Some archives bring ._ files along.
-    found = [path for path in before.glob(bench.ids) if path.name[0] != "."]
-    names = [path.relative_to(before).as_posix() for path in found]
+    found = [path for path in folder.glob(ids) if path.name[0] != "."]
+    names = [path.relative_to(folder).as_posix() for path in found]
     return sorted({n.removesuffix(e) for n in names for e in endings if n.endswith(e)})
 
 
@@ -458,10 +461,15 @@ def read_spec(path):
         raise InputError(f"{path}: must be a JSON object of {fields} ({why})") from error
     if wrong := next(spec_problems(spec), None):
         raise InputError(f"{path}: {wrong}")
-    n = len(spec.classes)
+    n, shift = len(spec.classes), int(spec.zero_is_ignored)
+    stored = spec.values or range(shift, n + shift)
+    top = 255 if max(stored) < 256 else 65_535
+    ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
+    lut = lookup_table(stored, [0] * shift + ignored)
+    if {*lut.tolist()} - {INVALID, max(IGNORE, n)} != {*range(n)}:
+        raise InputError(f"{path}: each class needs one stored value that is not ignored")
     images = os.path.join(spec.images, "{id}" + spec.image_suffix)
     labels = os.path.join(spec.labels, "{id}" + spec.label_suffix)
-    lut = lookup_table(*rule_of(spec))
     bench = Benchmark(
         spec.classes,
         (spec.palette or voc_palette(n + 1)[1 - spec.background :])[:n],
@@ -472,61 +480,52 @@ def read_spec(path):
         {capitals(labels): lut, labels: lut},
     )
     dataset = read_files(spec.name, bench, Path(path).parent)
-    taken = {file for item in dataset.items for file in item[1:3]}
-    for folder in (
-        set() if spec.list else {Path(path).parent / f for f in (spec.images, spec.labels)}
-    ):
-        rest = sorted(
-            file.name
-            for file in folder.iterdir()
-            if file.suffix.lower() in Image.registered_extensions()
-            and file.name[0] != "."
-            and str(file) not in taken
-        )
-        if rest:
-            pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
-            shown = ", ".join(rest[:SHOWN])
-            note(f"{spec.name}: {len(rest)} files of {folder} are left out, {pair}: {shown}")
+    if not spec.list:
+        say_left_out(spec, Path(path).parent, dataset.items)
     return dataset
 
 
-def rule_of(spec):
-    """(stored value of each class, stored values that are ignored) of a Spec."""
-    shift = int(spec.zero_is_ignored)
-    stored = spec.values or list(range(shift, len(spec.classes) + shift))
-    top = 255 if max(stored) < 256 else 65_535
-    ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
-    return stored, [0] * shift + ignored
+def say_left_out(spec, root, items):
+    """On stderr: pictures of another suffix, labels without a picture."""
+    taken, known = {file for item in items for file in item[1:3]}, Image.registered_extensions()
+    for folder in {root / spec.images, root / spec.labels}:
+        found = [p for p in folder.iterdir() if p.suffix.lower() in known and p.name[0] != "."]
+        if rest := sorted(p.name for p in found if str(p) not in taken):
+            pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
+            line = f"{len(rest)} files of {folder} are left out, {pair}"
+            note(f"{spec.name}: {line}: {brief(', '.join(rest))}")
 
 
 def spec_problems(spec):
     """Yields what is wrong with a Spec; each line relies on those before it."""
     for field, kind in Spec.__annotations__.items():
-        if not isinstance(value := getattr(spec, field), kind):
+        value = getattr(spec, field)
+        if not isinstance(value, kind) or (isinstance(value, str) and not is_line(value)):
             yield f"{field} cannot be {reprlib.repr(value)}"
     classes, palette = spec.classes, spec.palette or [[0, 0, 0]] * len(spec.classes)
-    first, texts = classes[: spec.background], classes[spec.background :]
-    if not all(isinstance(c, str) for c in classes) or not 0 < len(texts) <= len(classes) <= MOST:
+    if not all(map(is_line, classes)):
+        yield "classes must be names of at most 999 letters"
+    if not spec.background < len(classes) <= MOST:
         yield f"classes must be 1 to {MOST} names"
-    if len(max(classes, key=len)) > 999:
-        yield "class names must have at most 999 letters"
     read = [" ".join(c.lower().split()) for c in classes]  # as CLIP reads them
     if "" in read or len({*read}) < len(read):
         yield "class names must differ in more than case and blanks, and none is empty"
-    if "background" in read[spec.background :] or first != ["background"] * spec.background:
+    if [c for c in read if c == "background"] != classes[: spec.background]:
         yield '"background" is the first class with "background": true, and none without'
     if len(palette) < len(classes) or not all(are_whole(c, 255) and len(c) == 3 for c in palette):
         yield "palette needs one [r, g, b] of 0 to 255 per class"
     if not are_whole([*(spec.ignore or []), *(spec.values or [])], 65_535):
         yield "ignore and values must be lists of stored values, 0 to 65535"
-    stored, ignored = rule_of(spec)
-    if not len({*stored} - {*ignored}) == len(stored) == len(classes):
-        yield "each class needs a stored value of its own that is not ignored"
     if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]{,99}", spec.name):
         yield (
             f"name {reprlib.repr(spec.name)} becomes a file name: of letters, digits, '.', '_' "
             "and '-' alone, and not the name of a benchmark"
         )
+
+
+def is_line(value):
+    """Is it a text that a message, a path or a prompt can hold?"""
+    return isinstance(value, str) and re.fullmatch(r"[^\0-\x1f]{,999}", value)
 
 
 def are_whole(value, most):
@@ -552,7 +551,8 @@ def check_item(item):
     if stored.shape != (height, width):
         sizes = f"{width}x{height} upright, its label {label} {stored.shape[1]}x{stored.shape[0]}"
         wrong = f"{image}: the image is {sizes}; they must agree"
-    return values, wrong or misfit(label, values, lut)
+    wrong = wrong or misfit(label, values, lut)
+    return values[: 99 if wrong else None], wrong  # ids of instances would be millions
 
 
 def survey(dataset, workers):
@@ -572,9 +572,9 @@ def survey(dataset, workers):
     if len(absent) == len(classes):
         wrong = [f"no pixel of {dataset.name} is scored: its labels hold {ignored} alone, ignored"]
     elif absent:
-        shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
-        of = f"{len(absent)} of {len(classes)} classes ({shown})"
-        note(f"{dataset.name}: no label holds {of}; stored {ignored or 'none'} is not scored")
+        of = f"{len(absent)} of {len(classes)} classes"
+        unscored = f"stored {ignored or 'none'} is not scored"
+        note(f"{dataset.name}: {unscored}, no label holds {of}: {brief(', '.join(absent))}")
     return wrong, stored
 
 
@@ -582,6 +582,11 @@ def note(line):
     """To stderr, once where several ranks run."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
+
+
+def brief(text):
+    """As many of its words as fit in a line."""
+    return textwrap.shorten(text, 200, placeholder=" ...")
 
 
 def check_labels(dataset, workers=1):
@@ -751,17 +756,13 @@ def parse_args(argv=None):
         help="exit code of check: 0 when all is whole",
     )
     add("--data-root", default="data", help="folder of the benchmarks (default: data)")
-    add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="of check (default: the eight)")
+    add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="for check (default: the eight)")
     add(
         "--mat",
-        help=f"of prepare-context: the .mat files (default: {MAT_FOLDER} beside JPEGImages)",
+        help=f"for prepare-context: the .mat files (default: {MAT_FOLDER} beside JPEGImages)",
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    args = p.parse_args(argv)
-    wrong = args.mat if args.command == "check" else args.datasets
-    if wrong or args.workers < 1:
-        p.error("--datasets goes with check, --mat with prepare-context, --workers is at least 1")
-    return args
+    return p.parse_args(argv)
 
 
 def main(args):
