@@ -190,7 +190,10 @@ def cell(text):
 
 def markdown(results):
     """results.md as text: notes and tables."""
-    parts = [f"# {cell(title(results))}", *(f"**{cell(text)}**" for text in notes(results))]
+    parts = [
+        f"# {cell(title(results))}",
+        *("**" + cell(text).replace(":", "**:", 1) for text in notes(results)),
+    ]
     for caption, _, rows in tables(results):
         lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
         lines.insert(1, "|---" * len(rows[0]) + "|")
@@ -309,19 +312,23 @@ def deepest(region):
 
 
 def draw_names(picture, indices, names, size=14):
-    """Writes each class's name where its region is widest, if that is as high as the letters.
+    """Writes each class's name where its region is widest, if that is as high as the letters, and
+    no name of a wider region is in the way.
 
     indices: class per pixel [h, w], of the picture's size; those without a name get none.
     """
     step = max(indices.shape) // 128 + 1  # a coarser map is quick, and as good to find the place
-    small, rim = indices[::step, ::step], {"stroke_width": 2, "stroke_fill": "black"}
-    for k in set(np.unique(small).tolist()) & set(range(len(names))):
-        (y, x), depth = deepest(small == k)
-        half = font(size).getlength(names[k]) / 2 + 2
-        x = max(min(step * x, picture.width - half), half)  # the whole name stays inside
-        if 2 * depth * step > size:
-            draw = ImageDraw.Draw(picture)
-            put_text(draw, (x, step * y), names[k], size, "white", anchor="mm", **rim)
+    small, done, draw = indices[::step, ::step], [], ImageDraw.Draw(picture)
+    present = set(np.unique(small).tolist()) & set(range(len(names)))
+    places = [(*deepest(small == k), names[k]) for k in present]
+    for (y, x), depth, name in sorted(places, key=lambda place: -place[1]):
+        half = font(size).getlength(name) / 2 + 2
+        x, y = max(min(step * x, picture.width - half), half), step * y  # the whole name is inside
+        free = all(abs(x - a) > half + b or abs(y - c) > size for a, b, c in done)
+        if free and 2 * depth * step > size:
+            done.append((x, half, y))
+            rim = {"anchor": "mm", "stroke_width": 2, "stroke_fill": "black"}
+            put_text(draw, (x, y), name, size, "white", **rim)
 
 
 def fit(picture, side=CELL, method=Image.Resampling.NEAREST):
@@ -524,7 +531,7 @@ def curves(series, width=480, height=200):
         (x, y), (step, value) = corner + share * (far - corner), low + share * span
         draw.line([x, corner[1], x, far[1]], "#dddddd")
         draw.line([corner[0], y, far[0], y], "#dddddd")
-        put_text(draw, (x, corner[1]), f"{step:.0f}", 12, anchor="mt")
+        put_text(draw, (x, corner[1] + 5), f"{step:.0f}", 12, anchor="mt")
         put_text(draw, (corner[0], y), f"{value:.3g} ", 12, anchor="rm")
     for k, (name, values) in enumerate(series.items()):
         places = corner + (values - low) / span * (far - corner)

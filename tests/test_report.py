@@ -171,7 +171,7 @@ def test_a_partial_set_is_marked_wherever_its_number_stands(texts):
         "80.3 (partial)",
         "80.0 (partial) at 0.40",
     ]
-    assert "**Partial: only some of the images of voc20.**" in text
+    assert "**Partial**: only some of the images of voc20." in text
     assert "## voc20 (partial: 9 of 1449 images)" in text
     page = Page(report.page("nowhere", results))
     for shown in (text, page.text):
