@@ -30,32 +30,33 @@ import files
 ROWS = 6  # images on a picture sheet
 CELL = 256  # pixels of a cell's longer side
 GAP = 8  # pixels between cells
-COLUMNS = (
-    "voc",
-    "context",
-    "coco_object",
-    "voc20",
-    "context59",
-    "coco_stuff",
-    "cityscapes",
-    "ade20k",
-)
-TITLES = ("VOC", "Context", "Object", "VOC20", "Context59", "Stuff", "City", "ADE")
-TABLE_1 = {  # the paper's figures, mIoU in percent, in the order of COLUMNS, then the average
-    "GroupViT (YFCC)": (49.5, 19.0, 24.3, 74.1, 20.8, 12.6, 6.9, 8.7, 27.0),
-    "GroupViT (RedCaps)": (50.4, 18.7, 27.5, 79.7, 23.4, 15.3, 11.1, 9.2, 29.4),
-    "MaskCLIP†": (29.3, 21.1, 15.5, 53.7, 23.3, 14.7, 21.6, 10.8, 23.7),
-    "MaskCLIP": (38.8, 23.6, 20.6, 74.9, 26.4, 16.4, 12.6, 9.8, 27.9),
-    "ReCo": (25.1, 19.9, 15.7, 57.7, 22.3, 14.8, 21.1, 11.2, 23.5),
-    "GCL": (55.0, 30.4, 31.6, 83.2, 33.9, 22.4, 24.0, 17.1, 37.2),
-}
-TABLE_3 = {  # the paper's figures on some classes alone: VOC20, Context59, COCO-Stuff, average
-    "ViL-Seg": (34.4, 16.3, 16.4, 22.4),
-    "ReCo": (57.9, 32.0, 18.4, 36.1),
-    "GroupViT (RedCaps)": (79.0, 49.2, 16.1, 48.1),
-    "MaskCLIP": (73.0, 56.5, 21.9, 50.5),
-    "GCL": (84.5, 62.0, 27.6, 58.0),
-}
+COLUMNS = "voc context coco_object voc20 context59 coco_stuff cityscapes ade20k".split()
+TITLES = "VOC Context Object VOC20 Context59 Stuff City ADE".split()
+
+
+def figures(table):
+    """{name: numbers} of lines with a colon after the name."""
+    lines = (line.split(":") for line in table.strip().splitlines())
+    return {name: tuple(map(float, numbers.split())) for name, numbers in lines}
+
+
+# The paper's figures: mIoU in percent in the order of COLUMNS, then the average.
+TABLE_1 = figures("""
+GroupViT (YFCC): 49.5 19.0 24.3 74.1 20.8 12.6 6.9 8.7 27.0
+GroupViT (RedCaps): 50.4 18.7 27.5 79.7 23.4 15.3 11.1 9.2 29.4
+MaskCLIP†: 29.3 21.1 15.5 53.7 23.3 14.7 21.6 10.8 23.7
+MaskCLIP: 38.8 23.6 20.6 74.9 26.4 16.4 12.6 9.8 27.9
+ReCo: 25.1 19.9 15.7 57.7 22.3 14.8 21.1 11.2 23.5
+GCL: 55.0 30.4 31.6 83.2 33.9 22.4 24.0 17.1 37.2
+""")
+# Of some classes alone: VOC20, Context59, COCO-Stuff, then the average.
+TABLE_3 = figures("""
+ViL-Seg: 34.4 16.3 16.4 22.4
+ReCo: 57.9 32.0 18.4 36.1
+GroupViT (RedCaps): 79.0 49.2 16.1 48.1
+MaskCLIP: 73.0 56.5 21.9 50.5
+GCL: 84.5 62.0 27.6 58.0
+""")
 RUN = "this run"
 
 
@@ -146,8 +147,8 @@ def beside(results, paper, header, names, field):
     if all(cells):
         average = number(sum(r[field] for r in entries) / len(entries))
         cells.append(average + " (partial)" * any(map(is_partial, entries)))
-    rows = [(name, *map(number, figures)) for name, figures in paper.items()]
-    return any(cells) and [("method", *header, "Avg."), *rows, (run_name(results), *cells)]
+    rows = [(name, *map(number, values)) for name, values in paper.items()]
+    return [("method", *header, "Avg."), *rows, (run_name(results), *cells)] if any(cells) else []
 
 
 def own_row(name, r):
@@ -159,19 +160,21 @@ def own_row(name, r):
 
 def tables(results):
     """(caption, name of the picture beside it, rows, header first), without empty columns."""
-    sets, settings = results["datasets"], results["settings"]
-    first = beside(results, TABLE_1, TITLES, COLUMNS, "miou")
+    sets, settings = results["datasets"], results["settings"].items()
     some = ("VOC20", "Context59", "Stuff"), ("voc20", "context59", "coco_stuff")
-    third = beside(results, TABLE_3, *some, "partial_miou")
-    own = [("set", "mIoU", "images", "mIoU of Table 3's classes", "best of the sweep")]
-    own += [own_row(*item) for item in sets.items()]
-    said = [("setting", "value")]
-    said += [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in settings.items()]
-    found = (
-        [("Table 1 (the paper's figures)", "radar" * ("radar" not in sets), first)] if first else []
-    )
-    found += [("Table 3 (the paper's figures), some classes", "", third)] if third else []
-    found += [("All sets of this run (the sweep is a diagnostic)", "", own), ("Settings", "", said)]
+    own = ("set", "mIoU", "images", "mIoU of Table 3's classes", "best of the sweep")
+    said = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in settings]
+    found = {
+        "Table 1 (the paper's figures)": beside(results, TABLE_1, TITLES, COLUMNS, "miou"),
+        "Table 3 (the paper's figures)": beside(results, TABLE_3, *some, "partial_miou"),
+        "All sets of this run (the sweep is a diagnostic)": [
+            own,
+            *map(own_row, sets, sets.values()),
+        ],
+        "Settings": [("setting", "value"), *said],
+    }
+    radar = "radar" * ("radar" not in sets)  # else that is the picture of this set
+    found = [(caption, radar * ("1" in caption), rows) for caption, rows in found.items() if rows]
     for name, r in sets.items():
         rows = [(c, marked(r, v)) for c, v in (("mIoU", r["miou"]), *r["iou"].items())]
         found.append((heading(name, r), name, [("class", "IoU"), *rows]))
@@ -187,7 +190,10 @@ def cell(text):
 
 def markdown(results):
     """results.md as text: notes and tables."""
-    parts = [f"# {cell(title(results))}", *(f"**{cell(text)}**" for text in notes(results))]
+    parts = [
+        f"# {cell(title(results))}",
+        *("**" + cell(text).replace(":", "**:", 1) for text in notes(results)),
+    ]
     for caption, _, rows in tables(results):
         lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
         lines.insert(1, "|---" * len(rows[0]) + "|")
@@ -229,7 +235,7 @@ def page(folder, results):
     for caption, picture, rows in tables(results):
         caption, path = html.escape(caption), Path(folder, f"{picture}.png")
         body.append(f"<section><h2>{caption}</h2>")
-        if picture and path.is_file():
+        if path.is_file():
             data = base64.b64encode(path.read_bytes()).decode()
             body.append(f'<img alt="drawn: {caption}" src="data:image/png;base64,{data}">')
         opened = " open" * (rows[0][0] != "class")  # there may be 171 classes
@@ -245,20 +251,19 @@ def page(folder, results):
 # ---- colours ----------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; black comes first.
-OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+OKABE_ITO = "#000000 #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7".split()
 GREY = (150, 150, 150)  # the background in legends
 
 
 def palette(n):
-    """n colours (r, g, b): Okabe and Ito's seven, then darker and paler ones of them, which differ
+    """n colours (r, g, b): Okabe and Ito's seven, then paler and darker ones of them, which differ
     in lightness and so for every eye."""
     colours = []
     for k in range(n):
         base = np.array(ImageColor.getrgb(OKABE_ITO[1 + k % 7]))
-        shade = 1.6 * ((k // 7 * 0.618 + 0.5) % 1) - 0.8  # 0 first; -0.8 is dark, 0.8 pale
-        end = 255 if shade > 0 else 0
-        colours.append(tuple((base + abs(shade) * (end - base)).astype(int).tolist()))
-    return colours
+        shade = 0.8 - 1.6 * ((k // 7 * 0.618 + 0.5) % 1)  # 0 first; -0.8 is dark, 0.8 pale
+        colours.append(base + (abs(shade) * (255 * (shade > 0) - base)).astype(int))
+    return [tuple(colour.tolist()) for colour in colours]
 
 
 def heat(values):
@@ -302,28 +307,28 @@ def deepest(region):
     left, depth = ImageOps.expand(Image.fromarray(region.astype(np.uint8)), 1, 0), 0
     while left.getbbox():
         last, left, depth = left, left.filter(ImageFilter.MinFilter(3)), depth + 1
-    places = np.argwhere(np.asarray(last)) - 1 if depth else [0]
-    return places[len(places) // 2], depth
+    places = np.argwhere(np.asarray(last)) - 1
+    return places[len(places) // 2].tolist(), depth
 
 
 def draw_names(picture, indices, names, size=14):
-    """Writes each class's name where its region is widest; specks, and names in others' way, stay
-    bare.
+    """Writes each class's name where its region is widest, if that is as high as the letters, and
+    no name of a wider region is in the way.
 
     indices: class per pixel [h, w], of the picture's size; those without a name get none.
     """
     step = max(indices.shape) // 128 + 1  # a coarser map is quick, and as good to find the place
-    small, taken = indices[::step, ::step], np.zeros(indices.shape, bool)
-    areas = np.bincount(small.ravel(), minlength=len(names))[: len(names)]
-    for k in areas.argsort()[::-1]:  # the largest first
-        place, depth = deepest(small == k)
-        half = np.array([size, font(size).getlength(names[k]) + 4]) // 2  # height, width
-        place = np.maximum(np.minimum(step * place, indices.shape - half), half)  # all inside
-        (top, left), (bottom, right) = (place - half).astype(int), (place + half).astype(int)
-        if depth > 2 and names[k] and not taken[top:bottom, left:right].any():
-            taken[top:bottom, left:right] = True
+    small, done, draw = indices[::step, ::step], [], ImageDraw.Draw(picture)
+    present = set(np.unique(small).tolist()) & set(range(len(names)))
+    places = [(*deepest(small == k), names[k]) for k in present]
+    for (y, x), depth, name in sorted(places, key=lambda place: -place[1]):
+        half = font(size).getlength(name) / 2 + 2
+        x, y = max(min(step * x, picture.width - half), half), step * y  # the whole name is inside
+        free = all(abs(x - a) > half + b or abs(y - c) > size for a, b, c in done)
+        if free and 2 * depth * step > size:
+            done.append((x, half, y))
             rim = {"anchor": "mm", "stroke_width": 2, "stroke_fill": "black"}
-            put_text(ImageDraw.Draw(picture), place[::-1].tolist(), names[k], size, "white", **rim)
+            put_text(draw, (x, y), name, size, "white", **rim)
 
 
 def fit(picture, side=CELL, method=Image.Resampling.NEAREST):
@@ -389,42 +394,37 @@ def write_sheet(path, dataset, pictures):
 def draw_confusion(matrix, classes):
     """A picture of a confusion matrix [n, n]: rows are labels, columns predictions, each as a share
     of its row."""
-    n, room = len(classes), 150
-    side = max(min(2000 // n, 30), 1)  # pixels of a cell; names only where they can be read
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    names = Image.new("RGB", (room, n * side), "white")
-    for k, name in enumerate(classes if side > 7 else ()):
-        place, size = (room - 4, (k + 0.5) * side), min(side, 14)
-        put_text(ImageDraw.Draw(names), place, name, size, width=room - 8, anchor="rm")
-    canvas = Image.new("RGB", (room + n * side, room + n * side), "white")
+    side, room = max(min(2000 // len(classes), 30), 1), 150  # pixels of a cell, and of a name
+    size = side * len(classes)
+    names = Image.new("RGB", (room, size), "white")
+    for k, name in enumerate(classes if side > 7 else ()):  # else they could not be read
+        place = room - 4, (k + 0.5) * side
+        put_text(ImageDraw.Draw(names), place, name, min(side, 14), width=room - 8, anchor="rm")
+    canvas = Image.new("RGB", (room + size, room + size), "white")
     canvas.paste(names, (0, room))
     canvas.paste(names.rotate(90, expand=True), (room, 0))
-    canvas.paste(fit(heat(share), n * side), (room, room))
+    canvas.paste(
+        fit(heat(matrix / np.maximum(matrix.sum(1, keepdims=True), 1)), size), (room, room)
+    )
     text = "rows: labels, columns: predictions, bright: most of the row"
     return sheet([[canvas]], [text], side=None)
 
 
 def write_csv(path, matrix, classes):
     """IoU and accuracy of every class in percent, empty for one that does not occur."""
-    lines, text = [("class", "iou", "accuracy")], io.StringIO()
-    for name, hit, label, found in zip(
-        classes, matrix.diagonal(), matrix.sum(1), matrix.sum(0), strict=True
-    ):
-        parts = (label + found - hit, label)
-        lines.append((name, *(f"{100 * hit / part:.4f}" if part else "" for part in parts)))
+    hit, label = matrix.diagonal(), matrix.sum(1)
+    text, whole = io.StringIO(), np.stack([label + matrix.sum(0) - hit, label])  # [2, n]
+    values = np.where(whole > 0, (100 * hit / np.maximum(whole, 1)).round(4), "")
+    lines = [("class", "iou", "accuracy"), *zip(classes, *values, strict=True)]
     csv.writer(text, lineterminator="\n").writerows(lines)
     files.write_text(path, text.getvalue())
 
 
 def write_confusion(folder, name, matrix, classes):
     """NAME.confusion.png, NAME.confusion.npy and NAME.csv of a matrix of counts int64 [n, n]."""
-    matrix, path = np.asarray(matrix), Path(folder, name)
-
-    def save(file):
-        with open(file, "wb") as stream:  # given a name, numpy would add a suffix
-            np.save(stream, matrix)
-
-    files.write_whole(f"{path}.confusion.npy", save)
+    matrix, path, stream = np.asarray(matrix), Path(folder, name), io.BytesIO()
+    np.save(stream, matrix)
+    files.write_whole(f"{path}.confusion.npy", lambda file: file.write_bytes(stream.getvalue()))
     files.save_png(f"{path}.confusion.png", draw_confusion(matrix, classes))
     write_csv(f"{path}.csv", matrix, classes)
 
@@ -433,8 +433,8 @@ def write_confusion(folder, name, matrix, classes):
 
 STYLES = dict(zip((*TABLE_1, RUN), (OKABE_ITO[k] for k in (2, 5, 1, 7, 3, 6, 0)), strict=True))
 SCALE = 3  # the radar is drawn this much larger, then reduced, so its lines are smooth
-AXES = np.exp(2j * np.pi * (np.arange(9) / 8 - 0.25))  # [9] x + iy: upwards, clockwise, closed
-CENTRE, RADIUS = 1050 + 960j, 660  # pixels
+CENTRE = 1050 + 960j  # pixels, x + iy
+AXES = 660 * np.exp(2j * np.pi * (np.arange(9) / 8 - 0.25))  # upwards, clockwise, closed
 
 
 def radar(results):
@@ -445,31 +445,25 @@ def radar(results):
     line has a gap.
     """
     entries = [results["datasets"].get(name) for name in COLUMNS]
-    rows = TABLE_1 | {RUN: [r and r["miou"] for r in entries]}
-    table = np.array([row[:8] for row in rows.values()], float)  # [7, 8], nan for None
-    if np.isfinite(table[-1]).sum() < 3:
+    rows = [*TABLE_1.values(), [r and r["miou"] for r in entries]]
+    table = np.array([[*row[:8], row[0]] for row in rows], float)  # [7, 9], nan for None
+    if np.isfinite(table[-1, :8]).sum() < 3:
         return None
     best = np.nanmax(table, 0)
     picture = Image.new("RGB", (2100, 1950), "white")
     draw = ImageDraw.Draw(picture)
-
-    def corners(shares):
-        z = CENTRE + RADIUS * shares * AXES
-        return list(zip(z.real, z.imag, strict=True))
-
-    for share in (0.25, 0.5, 0.75, 1):
-        draw.line(corners(share), "#cccccc", SCALE)
-    for name, r, top, xy in zip(TITLES, entries, best, corners(1.25), strict=False):
+    for name, r, top, z in zip(TITLES, entries, best, CENTRE + 1.25 * AXES, strict=False):
         text = (marked(r, r["miou"]) or "no number") if r else "not run"
         text = f"{name}\n{text}\nbest {top:.1f}"
-        draw.text(xy, text, "black", font(54), "mm", align="center")
-    for name, shares in zip(rows, table / best, strict=True):
-        points = corners(np.append(shares, shares[0]))
-        for pair in zip(points, points[1:], strict=False):
-            ends = [end for end in pair if np.isfinite(end).all()]
-            draw.line(ends if len(ends) == 2 else [], STYLES[name], 12 if name == RUN else 6)
-            for end in ends:
-                draw.regular_polygon((*end, 20), 24, 0, STYLES[name])
+        draw.text((z.real, z.imag), text, "black", font(54), "mm", align="center")
+    lines = [("#cccccc", np.ones(9)), *zip(STYLES.values(), table / best, strict=True)]
+    for fill, shares in lines:
+        ends = CENTRE + shares * AXES
+        for a, b in zip(ends, ends[1:], strict=False):
+            if np.isfinite(a):
+                draw.regular_polygon((a.real, a.imag, 15), 24, 0, fill)
+            if np.isfinite(a + b):
+                draw.line([a.real, a.imag, b.real, b.imag], fill, 9)
     run = run_name(results) + " (partial)" * any(r and is_partial(r) for r in entries)
     names = [f"{name} (paper)".replace("†", "-dagger") for name in TABLE_1]  # few fonts have it
     legend = list(zip([*names, run], STYLES.values(), strict=True))
@@ -518,34 +512,30 @@ def log_step(line):
 
 
 PANELS = {  # of loss.png: what shares one scale
-    "losses": ("loss", "gcl_v", "gcl_f", "cl"),
-    "area": ("area_pos", "area_neg"),
-    "total variation": ("tv_mask", "tv_dense"),
-    "gradient norm": ("grad_norm",),
-    "mIoU": ("miou",),
+    "losses": "loss gcl_v gcl_f cl",
+    "area": "area_pos area_neg",
+    "total variation": "tv_mask tv_dense",
+    "gradient norm": "grad_norm",
+    "mIoU": "miou",
 }
 
 
 def curves(series, width=480, height=200):
     """A picture of curves with numbered axes. series: {name: [n, 2] of step and value}."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw, points = ImageDraw.Draw(picture), np.concatenate(list(series.values()))
+    picture, points = Image.new("RGB", (width, height), "white"), np.concatenate([*series.values()])
     low, high = points.min(0), points.max(0)
-    high = np.maximum(high, low + 0.01 * np.abs(low) + 1e-9)  # rounding is no slope
+    span = np.maximum(high - low, 0.01 * np.abs(high) + 1e-9)  # rounding is no slope
     corner, far = np.array((60, height - 20)), np.array((width - 20, 24))  # of the axes, in pixels
-
-    def place(values):
-        return corner + (values - low) / (high - low) * (far - corner)
-
-    for axis, anchor in enumerate(("mt", "rm")):
-        step = float(f"{(high - low)[axis] / 4:.0e}")  # one digit, so ticks are round numbers
-        for value in step * np.arange(np.ceil(low[axis] / step), high[axis] / step + 1e-9):
-            ends = np.stack([corner, far]).astype(float)  # [2, 2]
-            ends[:, axis] = place(value)[axis]
-            draw.line(ends.ravel().tolist(), "#dddddd")  # [2, 2] -> [4]
-            put_text(draw, ends[0].tolist(), f"{value:.6g}", 12, anchor=anchor)
+    draw = ImageDraw.Draw(picture)
+    for share in np.linspace(0, 1, 5):
+        (x, y), (step, value) = corner + share * (far - corner), low + share * span
+        draw.line([x, corner[1], x, far[1]], "#dddddd")
+        draw.line([corner[0], y, far[0], y], "#dddddd")
+        put_text(draw, (x, corner[1] + 5), f"{step:.0f}", 12, anchor="mt")
+        put_text(draw, (corner[0], y), f"{value:.3g} ", 12, anchor="rm")
     for k, (name, values) in enumerate(series.items()):
-        draw.line(place(values).ravel().tolist(), OKABE_ITO[k], 2)  # [n, 2] -> [2 n]
+        places = corner + (values - low) / span * (far - corner)
+        draw.line(places.ravel().tolist(), OKABE_ITO[k], 2)  # [n, 2] -> [2 n]
         put_text(draw, (60 + 90 * k, 2), name, 14, OKABE_ITO[k])
     return picture
 
@@ -555,8 +545,10 @@ def write_curves(path, log):
     lines = [text for text in Path(log).read_text().splitlines() if log_step(text) < math.inf]
     lines, rows, titles = [json.loads(text) for text in lines], [], []
     for title, names in PANELS.items():
-        series = {n: [(x["step"], x[n]) for x in lines if x.get(n) is not None] for n in names}
-        series = {n: np.array(points, float) for n, points in series.items() if points}  # [n, 2]
+        series = {}
+        for name in names.split():
+            points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
+            series |= {name: np.array(points, float)} if points else {}  # [n, 2]
         if series:
             rows.append([curves(series)])
             titles.append([title])

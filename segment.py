@@ -73,15 +73,12 @@ def check_texts(texts):
 
 
 def usable(image):
-    """uint8 [h, w, 3] of a PIL image or array; files.InputError for too many pixels, or too few."""
+    """uint8 [h, w, 3] of a PIL image or array; files.InputError for one too large or too narrow."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS // 10**6} million pixels"
-        raise files.InputError(f"{width}x{height} is more than {limit}; make it smaller")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        limit = f"sides may differ {MAX_ASPECT} times at most"
-        raise files.InputError(f"{width}x{height} is too narrow, {limit}")
+    short, long = sorted(image.size)
+    if short * long > MAX_PIXELS or long > MAX_ASPECT * short:
+        why = "is too large (50 million pixels) or too narrow (sides 100 times apart)"
+        raise files.InputError(f"{image.width}x{image.height} {why}")
     return np.array(files.rgb(image))
 
 
@@ -214,15 +211,12 @@ def pictures(paths):
     """Every picture of files and folders, in order, each once; ValueError for one without any."""
     found = {}
     for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such picture or folder")
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        if path.is_dir():
-            inside = [p for p in inside if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+        inside = [path] if path.is_file() else sorted(path.glob("[!.]*"))
+        inside = [p for p in inside if p == path or p.suffix.lower() in SUFFIXES]
         if not inside:
-            raise ValueError(f"{path}: no pictures in this folder ({' '.join(SUFFIXES)})")
-        for picture in inside:
-            found.setdefault(picture.resolve(), picture)
+            why = f"no such picture or folder, or none in it ({' '.join(SUFFIXES)})"
+            raise ValueError(f"{path}: {why}")
+        found |= {p.resolve(): p for p in inside if p.resolve() not in found}
     return list(found.values())
 
 
@@ -231,11 +225,9 @@ def output_names(paths):
     names = {}
     for path in paths:
         stem = path.stem.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore") or "picture"
-        name, k = stem, 1
-        while name.lower() in map(str.lower, names.values()):  # some disks do not tell A from a
-            k += 1
-            name = f"{stem}-{k}"
-        names[path] = name
+        taken = {name.lower() for name in names.values()}  # some disks do not tell A from a
+        tries = [stem, *(f"{stem}-{k}" for k in range(2, len(taken) + 2))]
+        names[path] = next(name for name in tries if name.lower() not in taken)
     return names
 
 
@@ -267,7 +259,7 @@ def parser():
     for name, text in SAME.items():
         add(f"--{name}", help=f"as in evaluate.py: {text}")
     text = "refine masks along edges (Sec. 3.4); default: yes"
-    add("--pamr", action=argparse.BooleanOptionalAction, help=text)
+    add("--pamr", action=argparse.BooleanOptionalAction, default=True, help=text)
     which = p.add_mutually_exclusive_group()
     text = "no text where no mask exceeds it; default 0.4 with PAMR, 0.5 without (the protocol's)"
     which.add_argument("--background", type=float, metavar="THRESHOLD", help=text)
@@ -283,26 +275,25 @@ def parse_args(argv=None):
     """The parsed and checked command line; wrong calls end with exit code 2."""
     p = parser()
     p.error = lambda words, error=p.error: error(files.printable(words))
-    given = vars(p.parse_intermixed_args(argv))
-    own = ("things", "texts", "background", "no_background", "json")
-    things, texts, background, no_background, as_json = (given.pop(name) for name in own)
+    a = p.parse_intermixed_args(argv)
+    given = {k: v for k, v in vars(a).items() if v is not None and k.replace("_", "-") in SAME}
     try:
-        paths, texts = split(things) if texts is None else (things, texts)
+        paths, texts = split(a.things) if a.texts is None else (a.things, a.texts)
         paths = pictures(paths)
         if not texts:
-            raise ValueError(f"no texts after {things[-1]}: what is to be found there?")
+            raise ValueError(f"no texts after {a.things[-1]}: what is to be found there?")
         check_texts(texts)
-        if background is not None and not 0 <= background <= 1:
-            raise ValueError(f"--background {background} must lie between 0 and 1")
-        args = protocol(**{name: value for name, value in given.items() if value is not None})
+        if a.background is not None and not 0 <= a.background <= 1:
+            raise ValueError(f"--background {a.background} must lie between 0 and 1")
+        args = protocol(out=a.out, pamr=a.pamr, **given)
         if Path(args.out).resolve() in {path.parent.resolve() for path in paths}:
             why = "has the pictures in it; what is written would become pictures of the next run"
             raise ValueError(f"--out {args.out}: {why}")
     except (ValueError, OSError) as error:
         p.error(str(error))
-    if no_background or background is not None:
-        args.bg_threshold = -1.0 if no_background else background
-    args.images, args.texts, args.json = paths, texts, as_json
+    if a.no_background or a.background is not None:
+        args.bg_threshold = -1.0 if a.no_background else a.background
+    args.images, args.texts, args.json = paths, texts, a.json
     return args
 
 
@@ -324,10 +315,10 @@ def segment_file(path, name, net, text, args):
 
     indexed = Image.fromarray(labels)
     indexed.putpalette(np.ravel([(0, 0, 0), *report.palette(len(text))]).tolist())
-    entry = {"image": str(path), "height": len(labels), "width": len(labels[0])}
+    entry = {"image": str(path), "height": len(labels), "width": len(labels[0]), "texts": []}
     entry |= {"background": share[0] if background else None, "labels": save("labels", indexed)}
     drawn = draw_overlay(image, labels, args.texts, background, note)
-    entry |= {"overlay": save("overlay", drawn), "texts": []}
+    entry["overlay"] = save("overlay", drawn)
     for k, words in enumerate(args.texts, start=1):
         mean = resize(masks[k - 1], labels.shape).mean().item()
         drawn = draw_heat(image, masks[k - 1], words, args.bg_threshold, note)

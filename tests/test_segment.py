@@ -159,9 +159,9 @@ def test_texts_that_cannot_be_are_named(net, texts, words):
 @pytest.mark.parametrize(
     "image, words",
     [
-        (Image.new("1", (10_001, 5_000)), "10001x5000 is more than 50 million pixels"),
-        (Image.new("L", (505, 5)), "505x5 is too narrow"),
-        (np.zeros((5, 505), np.uint8), "505x5 is too narrow"),
+        (Image.new("1", (10_001, 5_000)), "10001x5000 is too large"),
+        (Image.new("L", (505, 5)), "505x5 .*too narrow"),
+        (np.zeros((5, 505), np.uint8), "505x5 .*too narrow"),
     ],
 )
 def test_pictures_that_cannot_be_segmented_say_why(image, words):
@@ -229,7 +229,7 @@ def test_pictures_and_texts_are_told_apart(here, line, images, texts):
         ),
         ("photo.jpg sea boats/a.png", "boats/a.png: a picture after the text 'sea'"),
         ("gone.png --texts sea", "gone.png: no such picture or folder"),
-        ("moon sea", "moon: no pictures in this folder"),
+        ("moon sea", "moon: no such picture or folder, or none in it (.a"),
         ("photo.jpg", "no texts after photo.jpg"),
         ("photo.jpg sea Sea", "the same text as 'sea'"),
         ("photo.jpg sea --method sam", "invalid choice: 'sam'"),
@@ -249,12 +249,7 @@ def test_wrong_calls_end_with_code_2_and_say_why(here, capsys, line, words):
     with pytest.raises(SystemExit) as stop:
         segment.parse_args(line.split())
     said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and words in said.splitlines()[-1]
-        and "segment.py" in said
-        or "usage" in said
-    ), said
+    assert stop.value.code == 2 and words in said.splitlines()[-1], said
 
 
 def test_the_background_is_the_protocols_unless_it_is_said(here):
