@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""segment.py: labels and masks are those of the protocol, for any picture, any words, and as people call it."""
+"""segment.py: the protocol's labels and masks, for any picture, any words, as people call it."""
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from PIL import Image, ImageCms
+from PIL import Image
 from tiny import check_refused, make_clip, run
 
 import backbone
@@ -21,6 +22,7 @@ import evaluate
 import files
 import gcl
 import pamr
+import report
 import segment
 
 SMALL = {"short_side": 32, "window": 32, "stride": 16}
@@ -31,7 +33,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny CLIP, and a checkpoint around it whose adapter does something and whose masks spread over 0..1."""
+    """A tiny CLIP, and a checkpoint whose adapter does something and masks spread over 0..1."""
     folder = tmp_path_factory.mktemp("world")
     config, weights = make_clip(folder)
     torch.manual_seed(3)
@@ -128,40 +130,30 @@ def test_settings_are_evaluates_and_wrong_ones_are_said_in_its_words(net):
     )
 
 
+def test_a_result_unpacks_and_shows_itself(net):
+    image = Image.fromarray(photo(40, 30))
+    result = segment.segment_image(net, image, TEXTS, background=0.2, pamr=False, **SMALL)
+    labels, masks = result
+    assert labels is result.labels is result[0] and masks is result.masks and len(result) == 2
+    expected = segment.draw_overlay(np.asarray(image), labels, TEXTS)
+    assert np.array_equal(np.asarray(result.overlay), np.asarray(expected))
+    assert result._repr_png_().startswith(b"\x89PNG")
+
+
+def test_masks_that_are_not_finite_are_an_error(net, monkeypatch):
+    masks = torch.full((3, 8, 8), float("nan"))
+    monkeypatch.setattr(evaluate, "segment_image", lambda *args: masks)
+    with pytest.raises(ValueError, match="not finite.*--precision fp32"):
+        segment.segment_image(net, photo(40, 30), TEXTS, **SMALL)
+
+
 @pytest.mark.parametrize(
     "texts, words",
-    [([], "0 texts"), (["a", " "], "empty"), (["the Moon", "the  moon"], "same text")],
+    [([], "0 texts"), (["a", " "], "empty"), (["the Moon", "the  moon"], "the same text")],
 )
 def test_texts_that_cannot_be_are_named(net, texts, words):
     with pytest.raises(ValueError, match=words):
         segment.segment_image(net, photo(28, 28), texts)
-
-
-def test_pictures_of_every_kind_become_the_same_rgb(tmp_path):
-    rgb = photo(9, 6)
-    grey = np.asarray(Image.fromarray(rgb).convert("L"))
-    assert np.array_equal(segment.pixels(rgb), rgb)
-    kinds = {"grey": Image.fromarray(grey), "16bit": Image.fromarray(grey.astype(np.uint16) * 257)}
-    kinds["two"] = Image.fromarray(grey).convert("LA")
-    for name, image in kinds.items():
-        image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(
-            segment.read_picture(tmp_path / f"{name}.png"), grey[..., None].repeat(3, 2)
-        ), name
-    palette = Image.fromarray(rgb).quantize(8)
-    palette.save(tmp_path / "palette.png")
-    assert np.array_equal(
-        segment.read_picture(tmp_path / "palette.png"), np.asarray(palette.convert("RGB"))
-    )
-    clear = np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
-    clear[0, :, 3] = 0
-    Image.fromarray(clear).save(tmp_path / "alpha.png")
-    read = segment.read_picture(tmp_path / "alpha.png")
-    assert (read[0] == 255).all() and np.array_equal(read[1:], rgb[1:])
-    turned = Image.fromarray(rgb)
-    turned.getexif()[0x0112] = 6  # the camera was held upright: turn by 90 degrees to the right
-    turned.save(tmp_path / "turned.png", exif=turned.getexif())
-    assert np.array_equal(segment.read_picture(tmp_path / "turned.png"), np.rot90(rgb, -1))
 
 
 @pytest.mark.parametrize(
@@ -169,98 +161,21 @@ def test_pictures_of_every_kind_become_the_same_rgb(tmp_path):
     [
         (Image.new("1", (10_001, 5_000)), "10001x5000 is more than 50 million pixels"),
         (Image.new("L", (505, 5)), "505x5 is too narrow"),
-        (Image.new("F", (8, 8)), "float pixels"),
+        (np.zeros((5, 505), np.uint8), "505x5 is too narrow"),
     ],
 )
-def test_pictures_that_cannot_be_segmented_say_why(tmp_path, image, words):
+def test_pictures_that_cannot_be_segmented_say_why(image, words):
     with pytest.raises(files.InputError, match=words):
-        segment.pixels(image)
-    image.save(tmp_path / "it.tif")
-    with pytest.raises(files.InputError, match=f"it.tif.*{words}"):
-        segment.read_picture(tmp_path / "it.tif")
+        segment.usable(image)
 
 
-def test_every_pixel_limit_stands_before_the_pixels_are_read(tmp_path):
-    """A picture of 20 GB unpacked is refused by its header."""
-    header = b"P6 100000 70000 255\n"
-    (tmp_path / "bomb.ppm").write_bytes(header + bytes(100))
-    with pytest.raises(files.InputError, match="bomb.ppm"):
-        segment.read_picture(tmp_path / "bomb.ppm")
-
-
-# ---- colours ----
-
-
-def lab_of_pillow(colours):
-    """CIELAB by little CMS, in its 8-bit coding: L 0..255 for 0..100, a and b as signed bytes."""
-    image = Image.fromarray(np.array([colours], np.uint8))
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = np.asarray(
-        ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
-    )[0]
-    return np.stack([lab[:, 0] / 2.55, *(lab[:, k].astype(np.int8) for k in (1, 2))], -1)
-
-
-def without_green_cones(colours):
-    """Deuteranopia by Vienot, Brettel and Mollon 1999, in linear RGB: another simulation than that of segment.py."""
-    linear = (np.array(colours) / 255) ** 2.2
-    to_lms = np.array(
-        [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]]
-    )
-    lms = linear @ to_lms.T
-    lms[:, 1] = 0.494207 * lms[:, 0] + 1.24827 * lms[:, 2]
-    return (255 * (lms @ np.linalg.inv(to_lms).T).clip(0, 1) ** (1 / 2.2)).round()
-
-
-def smallest_distance(lab):
-    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
-    return distances[~np.eye(len(lab), dtype=bool)].min()
-
-
-def test_colours_stay_apart_for_every_eye():
-    """In an independent colour space and simulation: 2.3 is a just noticeable difference in CIELAB."""
-    colours = segment.palette(254)
-    assert colours[:7] == [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
-                           (204, 121, 167)] and segment.palette(3) == colours[:3]  # fmt: skip
-    assert len(set(colours)) == 254
-    for n, least in ((7, 14), (12, 14), (20, 11)):
-        seen = [(0, 0, 0), *colours[:n]]
-        assert smallest_distance(lab_of_pillow(seen)) > least
-        assert smallest_distance(lab_of_pillow(without_green_cones(seen))) > least * 0.6, n
-
-
-def test_our_green_blind_eye_sees_what_another_simulation_says():
-    colours = segment.palette(40)
-    other = segment.seen(without_green_cones(colours))[0]
-    normal, red_blind, green_blind = (
-        np.linalg.norm(lab - other, axis=-1).mean() for lab in segment.seen(colours)
-    )
-    assert green_blind < 10 < red_blind < 20 < normal
-    for n, least in (
-        (20, 12),
-        (40, 8),
-    ):  # chosen for normal eyes alone, the least distances would be 5 and 2
-        assert smallest_distance(segment.seen(without_green_cones(segment.palette(n)))[0]) > least
-
-
-def test_our_colour_space_is_cielab():
-    """The published values of the corners of sRGB (D65, 2 degrees)."""
-    corners = [(255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
-    published = [
-        (100, 0, 0),
-        (53.24, 80.09, 67.20),
-        (87.73, -86.18, 83.18),
-        (32.30, 79.19, -107.86),
-        (0, 0, 0),
-    ]
-    np.testing.assert_allclose(segment.seen(corners)[0], published, atol=0.1)
-
-
-def test_brighter_heat_is_higher():
-    colours = segment.heat(np.linspace(0, 1, 50))
-    lightness = segment.seen(colours)[..., 0]
-    assert (np.diff(lightness) > 0).all()  # to each of the three eyes
-    assert colours[0].tolist() == [68, 1, 84] and colours[-1].tolist() == [253, 231, 37]
+def test_arrays_and_pictures_of_any_mode_are_read_alike(net):
+    image = photo(40, 30)
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(image)))
+    turned.getexif()[0x0112] = 6  # turn by 90 degrees to the right
+    assert np.array_equal(segment.usable(turned), image)
+    assert np.array_equal(segment.usable(Image.fromarray(image).convert("RGBA")), image)
+    assert np.array_equal(segment.usable(image[..., 0]), image[..., :1].repeat(3, 2))
 
 
 # ---- the command line ----
@@ -310,13 +225,13 @@ def test_pictures_and_texts_are_told_apart(here, line, images, texts):
         ("photo.jpg gone.png sea", "gone.png: no such picture or folder"),
         (
             "photo.jpg moon",
-            "'moon' is a folder here, but could be a text: write ./moon, or --texts moon",
+            "'moon' is there, but could be a text: write ./moon, or --texts moon",
         ),
         ("photo.jpg sea boats/a.png", "boats/a.png: a picture after the text 'sea'"),
         ("gone.png --texts sea", "gone.png: no such picture or folder"),
         ("moon sea", "moon: no pictures in this folder"),
         ("photo.jpg", "no texts after photo.jpg"),
-        ("photo.jpg sea Sea", "'Sea' is the same text as 'sea'"),
+        ("photo.jpg sea Sea", "the same text as 'sea'"),
         ("photo.jpg sea --method sam", "invalid choice: 'sam'"),
         (
             "photo.jpg sea --method maskclip --checkpoint x",
@@ -382,7 +297,7 @@ def test_a_folder_is_segmented_a_broken_picture_named_and_nothing_overwritten(he
     for entry in document["images"]:
         labels, masks = segment.segment_image(
             net,
-            segment.read_picture(entry["image"]),
+            files.read_picture(entry["image"]),
             [t["text"] for t in entry["texts"]],
             0.2,
             pamr=False,
@@ -418,6 +333,54 @@ def test_a_run_says_one_line_a_picture_and_a_wrong_checkpoint_is_named(here, wor
     )
 
 
+def test_without_a_background_none_is_counted_and_masks_of_nan_are_a_failure(
+    here, world, capsys, monkeypatch
+):
+    line = ["photo.jpg", "sea", "moon", "--no-background", "--checkpoint", world.checkpoint]
+    args = segment.parse_args([*line, *map(str, FLAGS)])
+    assert segment.main(args) == 0 and "background" not in capsys.readouterr().out
+    args.json = True
+    assert segment.main(args) == 0
+    entry = json.loads(capsys.readouterr().out)["images"][0]
+    assert entry["background"] is None
+    assert sum(text["share"] for text in entry["texts"]) == pytest.approx(1)
+    monkeypatch.setattr(evaluate, "segment_image", lambda *args: torch.full((2, 8, 8), torch.nan))
+    assert segment.main(args) == 1
+    said = capsys.readouterr()
+    failed = json.loads(said.out, parse_constant=pytest.fail)
+    assert not failed["images"] and "photo.jpg: its masks are not finite" in said.err
+
+
+def test_names_and_texts_of_any_bytes_reach_an_ascii_terminal_escaped(here, world):
+    """Not UTF-8, control characters, other scripts: one line, and JSON in ASCII."""
+    name = os.fsdecode(b"ph\xf6to \x1b[31m[1]\n.png")
+    save_photo(here / "odd" / name, 30, 30)
+    (here / "odd/broken.png").write_bytes(b"\x00\x00\x00\x1cftypavif")
+    texts = ["m\x1b[2Joon", "月 \u202e", os.fsdecode(b"caf\xe9")]
+    line = ["segment.py", here / "odd", "--texts", *texts, "--checkpoint", world.checkpoint, *FLAGS]
+    for more in ((), ("--json",)):
+        result = run(*line, "--out", here / "o", *more, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+        check_refused(result, 1, "broken.png", "AVIF")
+        assert result.stdout.isascii() and "\x1b" not in result.stdout + result.stderr
+        assert "\x1b[2J" not in result.stdout and "ph\\udcf6to" in result.stdout
+    document = json.loads(result.stdout)
+    assert document["images"][0]["image"].endswith(name)
+    assert [text["text"] for text in document["images"][0]["texts"]] == texts
+    result = run("segment.py", here / "gone\x1b.png", "sea")
+    assert result.returncode == 2 and "gone\\x1b.png" in result.stderr
+
+
+def test_random_weights_are_said_on_every_picture(world, net, monkeypatch):
+    seen = []
+    draw = report.put_text
+    monkeypatch.setattr(report, "put_text", lambda *a, **k: (seen.append(a[2]), draw(*a, **k)))
+    for source, words in (("random", 1), ("openai", 0)):
+        monkeypatch.setitem(net.clip.source, "pretrained", source)
+        _ = segment.segment_image(net, photo(40, 30), TEXTS, pamr=False, **SMALL).overlay
+        assert sum("random weights" in text for text in seen) == words
+        seen.clear()
+
+
 def test_another_method_needs_no_checkpoint(here, world):
     args = [
         "photo.jpg",
@@ -436,39 +399,44 @@ def test_another_method_needs_no_checkpoint(here, world):
 # ---- the pictures ----
 
 
+def cell_of(picture, top, height, width):
+    """A cell of a sheet, uint8 [height, width, 3]."""
+    return np.asarray(picture)[top : top + height, report.GAP : report.GAP + width]
+
+
 def test_the_overlay_is_coloured_where_the_text_is_and_grey_elsewhere():
     image, labels = photo(700, 640), np.zeros((640, 700), np.uint8)
     labels[:, 200:400] = 2
-    picture = np.asarray(segment.draw_overlay(image, labels, ["a", "b", "c"], segment.palette(3)))[
-        :640
-    ]
+    picture = segment.draw_overlay(image, labels, ["a", "b", "c"])
+    picture = cell_of(picture, report.GAP + 18, 640, 700)
     hue = picture.max(-1).astype(int) - picture.min(-1)
-    assert (
-        (hue[:, :200] == 0).all() and (hue[:, 405:] == 0).all() and np.median(hue[:, 201:399]) > 80
-    )
+    assert (hue[:, :200] == 0).all() and (hue[:, 405:] == 0).all()
+    assert np.median(hue[:, 201:399]) > 80
     grey = np.asarray(Image.fromarray(image).convert("L"), float)
     y, x = 600, 210  # away from the number in the middle
     expected = 0.4 * grey[y, x] + 0.6 * np.array([86, 180, 233])
     assert np.abs(picture[y, x] - expected).max() <= 1
 
 
-def test_the_number_stands_inside_its_region():
-    region = np.zeros((90, 120), bool)
-    region[10:30, 20:100] = region[30:80, 20:25] = True
-    y, x = segment.middle(region)
-    assert region[y - 3 : y + 4, x - 3 : x + 4].all()
-
-
 def test_the_heat_map_has_the_colours_of_its_mask():
     mask = torch.zeros(640, 700)
     mask[:, 350:] = 1
-    picture = np.asarray(segment.draw_heat(photo(700, 640), mask, "a text", 0.4))[34 : 34 + 640]
+    picture = segment.draw_heat(photo(700, 640), mask, "a text", 0.4)
+    picture = cell_of(picture, report.GAP + 18, 640, 700)
     assert picture[:, 360:, 0].min() >= 0.75 * 253 - 1 > picture[:, :340, 0].max()
 
 
-def test_views_are_neither_tiny_nor_giant():
-    assert segment.view_size(48, 48) == (640, 640) and segment.view_size(3000, 4000) == (1200, 1600)
-    assert segment.view_size(1000, 700) == (1000, 700) and segment.view_size(1, 100) == (6, 640)
+@pytest.mark.parametrize(
+    "size, view",
+    [
+        ((48, 48), (640, 640)),
+        ((3000, 4000), (1200, 1600)),
+        ((1000, 700), (1000, 700)),
+        ((1, 100), (6, 640)),
+    ],
+)
+def test_views_are_neither_tiny_nor_giant(size, view):
+    assert segment.grey_view(np.zeros((*size, 3), np.uint8)).size == view[::-1]
 
 
 # ---- the README ----
@@ -480,7 +448,7 @@ def test_the_five_lines_of_the_readme_work_as_printed(world, tmp_path, monkeypat
         for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
         if "segment.segment_image" in b
     )
-    assert len(list(filter(None, block.splitlines()))) == 5
+    assert len(ast.parse(block).body) == 5
     shutil.copy(world.checkpoint, tmp_path / "tcl.pth")
     save_photo(tmp_path / "photo.jpg", 40, 30)
     monkeypatch.chdir(tmp_path)

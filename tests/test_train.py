@@ -564,11 +564,8 @@ def test_pictures_show_images_masks_and_curves(trained):
     assert columns[0].mean() > 2 * columns[1].mean() > 0.02  # masks leave the rest dark
     assert (columns[1] - columns[2]).abs().max() > 0.02
     with Image.open(trained / "loss.png") as curves:
-        panels, red = (
-            curves.height // 200 * 2,
-            [c for n, c in curves.getcolors(10**6) if c == (200, 40, 40)],
-        )
-    assert panels == 8 and red
+        assert curves.height > 4 * 200  # losses, areas, total variation, gradient norm
+        assert len(curves.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_the_area_prior_is_the_mean_area_of_maskclip(world, capsys, tmp_path):
