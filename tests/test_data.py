@@ -202,6 +202,176 @@ def test_offsets_past_4_gib_are_kept(tmp_path):
     assert data.read_bytes(path, rows[1]) == [jpeg(1), b"8"] and int(rows[1][0]) * 512 > hole
 
 
+def header(name, size, kind=b"0"):
+    """512 bytes; size is a number, or the 12 bytes of its field."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+    block[156:157], block[257:265] = kind, b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+def member(name, content, kind=b"0"):
+    return header(name, len(content), kind) + content + bytes(-len(content) % 512)
+
+
+def record(key, value):
+    """One line of a pax header; the length in front counts itself."""
+    rest = b" %s=%s\n" % (key, value)
+    return next(
+        b"%d%s" % (n, rest) for n in range(len(rest), len(rest) + 9) if n == len(rest) + len(str(n))
+    )
+
+
+def sized(key, value, kind=b"x"):
+    """A pax header of one record, and the member that follows it."""
+    return member(b"pax", record(key, value), kind) + member(b"b.jpg", b"x")
+
+
+GOOD = member(b"a.jpg", b"image a") + member(b"a.txt", b"a")
+SPARSE = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0")
+HOSTILE = {  # what follows a whole pair, and whether the scan ends there
+    "negative size": (header(b"b.jpg", (256**12 - 512).to_bytes(12, "big")), True),
+    "size that leads back to the start": (
+        header(b"b.jpg", (256**12 - 2048).to_bytes(12, "big")),
+        True,
+    ),
+    "size past 2^63": (header(b"b.jpg", b"\x80" + (2**70).to_bytes(11, "big")), True),
+    "size of 2^62": (header(b"b.jpg", b"\x80" + (2**62).to_bytes(11, "big")), True),
+    "size that is no number": (header(b"b.jpg", b"zzzzzzzzzzz\0"), True),
+    "pax size below zero": (sized(b"size", b"-512"), True),
+    "pax size of 4,000 digits": (sized(b"size", b"9" * 4000), True),
+    "pax record of 5 MB": (sized(b"comment", b"x" * 5_000_000), True),
+    "pax record without an end": (member(b"pax", b"1" * 8000, b"x") + GOOD, False),
+    "pax record of length 0": (member(b"pax", b"0 a=b\n", b"x") + GOOD, True),
+    "long name of 8 GB": (header(b"name", 2**33, b"L"), True),
+    "long name of negative size": (
+        header(b"name", (256**12 - 512).to_bytes(12, "big"), b"L"),
+        True,
+    ),
+    "3,000 nested long names": (member(b"name", b"b.jpg\0", b"L") * 3000, True),
+    "3,000 nested pax headers": (sized(b"path", b"b.jpg")[:1024] * 3000, True),
+    "3,000 global headers": (sized(b"comment", b"c", b"g")[:1024] * 3000, True),
+    "sparse, GNU": (header(b"b.jpg", 5, b"S"), True),
+    "sparse, pax": (member(b"pax", SPARSE, b"x") + member(b"b.jpg", b"9" * 40 + b"\n"), True),
+    "a device": (header(b"b.jpg", 0, b"3"), False),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_gives_what_stands_before_in_bounded_memory(tmp_path, name):
+    after, ends = HOSTILE[name]
+    path = tmp_path / "x.tar"
+    path.write_bytes(GOOD + after + member(b"z.jpg", b"image z") + member(b"z.txt", b"z"))
+    tracemalloc.start()
+    counts, rows, wrong = data.scan_shard(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts[0] == (1 if ends else 2) and peak < 5_000_000
+    assert [data.read_bytes(path, row) for row in rows][0] == [b"image a", b"a"]
+    assert wrong == {"cut off shards": [str(path)]}  # there are no zeros at its end
+
+
+@pytest.mark.parametrize("after", [600, 512, 100])
+def test_a_shard_cut_inside_its_first_member_counts_as_cut(tmp_path, after):
+    path = tmp_path / "x.tar"
+    path.write_bytes(member(b"a.jpg", bytes(700))[:after])
+    what = "cut off shards" if after >= 512 else "unreadable shards"
+    assert list(data.scan_shard(str(path))[2]) == [what]
+
+
+def odd_shards(folder):
+    """Five good pairs, and one of everything else that a glob can meet."""
+    make_shards(folder, shards=1, pairs=5)
+    (folder / "empty.tar").touch()
+    for k in range(4):
+        (folder / f"no{k}.tar").write_bytes(b"no tar" * 1000)
+    (folder / "cut.tar").write_bytes((folder / "000.tar").read_bytes()[:3000])
+    write_tar(folder / "none.tar", [("readme.md", b"hello")])
+    (folder / "folder.tar").mkdir()
+    (folder / "link.tar").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.tar")
+    return str(folder / "*.tar")
+
+
+def test_all_odd_shards_are_named_at_once(tmp_path, capsys):
+    shards = odd_shards(tmp_path)
+    with pytest.raises(files.InputError) as error:
+        dataset(shards, cache=tmp_path / "out")
+    for words in (
+        r"8 unreadable shards: .*/empty.tar: .*; .*/folder.tar: .*no file.*; .*/link.tar: ",
+        r"1 cut off shards: .*/cut.tar, 1 shards without pairs: .*/none.tar: no image-text pairs, ",
+    ):
+        assert re.search(words, str(error.value))
+    assert data.check_shards([shards], processes=2) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"unreadable shards +8  .*/empty.tar: .*; .*/link.tar", out)
+    assert re.search(r"shards without pairs +1  .*/none.tar: ", out)
+    assert re.search(r"good pairs +5  ", out)
+
+
+def test_a_shard_without_pairs_is_wrong_in_a_check_and_a_warning_in_training(tmp_path, capsys):
+    make_shards(tmp_path, shards=1, pairs=5)
+    write_tar(tmp_path / "none.tar", [("readme.md", b"hello")])
+    assert len(dataset(str(tmp_path / "*.tar"))) == 5
+    assert re.fullmatch(
+        r"warning: 1 shards without pairs: .*/none.tar.*\n", capsys.readouterr().err
+    )
+    assert data.check_shards([str(tmp_path / "*.tar")]) == 1
+
+
+def test_brackets_and_braces_in_a_path_are_taken_as_they_are(tmp_path):
+    for name in ("a[1].tar", "{0..1}.tar", "what?.tar", "a b\n.tar"):
+        path = write_tar(tmp_path / name, pair("a"))
+        assert data.expand_shards([path]) == [path]
+
+
+def test_a_range_of_any_length_ends_at_the_first_shard_that_is_missing(tmp_path):
+    make_shards(tmp_path, shards=2, pairs=1)
+    tracemalloc.start()
+    with pytest.raises(files.InputError, match="002.tar is missing"):
+        data.expand_shards([str(tmp_path / "{000..999999999}.tar")])
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_the_same_shards_under_another_path_are_the_same(tmp_path, monkeypatch):
+    pattern = make_shards(tmp_path / "one", shards=2, pairs=3)
+    prints = {dataset(pattern, cache=tmp_path / "out").fingerprint()}
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
+    for pattern in ("*.tar", str(tmp_path / "two/{000..001}.tar"), "../two/00[01].tar"):
+        prints.add(dataset(pattern, cache=tmp_path / "out").fingerprint())
+    assert len(prints) == 1
+    write_tar(tmp_path / "two/001.tar", pair("other"))
+    assert dataset("*.tar").fingerprint() not in prints
+
+
+LONG = "d" * 120 + "/" + "e" * 120
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    ("stem", "shown"),
+    [
+        ("Gem\u00e4lde/\u732b", "Gem\u00e4lde/\u732b"),
+        (LONG, LONG),
+        ("\x1b[2Ja\nb\udcff", r"\x1b[2Ja\nb\udcff"),
+    ],
+    ids=["beyond ASCII", "long", "control characters"],
+)
+def test_names_in_messages_are_those_of_the_members(tmp_path, capsys, kind, stem, shown):
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        add(tar, "a.jpg", jpeg(1))
+        add(tar, "a.txt", b"a")
+        add(tar, f"{stem}.jpg", b"broken")
+        add(tar, f"{stem}.txt", b"b")
+    assert data.check_shards([str(tmp_path / "x.tar")]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "bad: image" in line)
+    assert f"x.tar: {shown}.jpg (not a picture" in line
+
+
 # ---- the index ----
 
 
@@ -336,6 +506,14 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert torch.equal(torch.random.get_rng_state(), before)
         assert not torch.equal(dataset(shards, strong=strong)[(6, 3)][2], first[2])
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(5, 3)][0], first[0])
+
+
+def test_a_long_caption_is_cut_before_the_tokenizer(tmp_path):
+    seen = []
+    pairs = dataset(write_tar(tmp_path / "x.tar", pair("a", "7 " + "x" * 16_000)))
+    pairs.tokenizer = lambda texts: seen.append(texts[0]) or words(texts)
+    assert pairs[(0, 0)][1].tolist() == [7] and seen[0] == "7 " + "x" * 1998
+    assert len(pairs.read(0)[1]) == 16_002
 
 
 def test_noise_and_augmentation_of_a_sample_share_no_numbers(tmp_path):
