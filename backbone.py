@@ -9,9 +9,12 @@ patch grid, h w pixels. Needs files.py and ops.py beside it, torch and open_clip
 """
 
 import copy
+import difflib
+import io
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -20,6 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
+import release
 from files import InputError, first_line, read_text
 from ops import normalize
 
@@ -243,6 +247,17 @@ def refine_at_mask_size(refine, images, mask):
 
 # ---- loading ----
 
+# Of a folder as the Hugging Face hub has it.
+FOLDER = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+NOT_WEIGHTS = {  # what stands near the start of files that are often taken for weights
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; git lfs pull fetches them",
+    b"<html": "a web page, not the weights; download them again",
+    b"<!doctype": "a web page, not the weights; download them again",
+}
+PREFIX = r"^((module|_orig_mod|model)\.)+"  # of DistributedDataParallel, torch.compile, wrappers
+# OpenAI's archive and transformers have these beside the weights.
+BESIDE = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
+
 
 def pick_device(name=None):
     """torch.device of a name, or the best there is; under torchrun, CUDA takes LOCAL_RANK. Raises
@@ -276,17 +291,25 @@ def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
     """
     config = clip_config(model)
     path = find_weights(model, pretrained)
+    state, quick = read_weights(path) if path else (None, None)
+    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
+    if tag and not os.path.exists(str(pretrained)):
+        quick = bool(tag.get("quick_gelu", False))
+    own = config.get("quick_gelu", False)
     if path is None:
         print(f"warning: {model} with random weights (pretrained=None)", file=sys.stderr)
-    quick = trained_with_quick_gelu(model, pretrained, path)
-    if quick is not None and quick != config.get("quick_gelu", False):
+    elif quick not in (None, own):
         what = f"{pretrained} needs quick_gelu={quick}: corrected in the config of {model}"
         print(f"warning: {what}", file=sys.stderr)
         config["quick_gelu"] = quick
-    clip = build_clip(config, read_weights(path) if path else None, path)
+    elif quick is None and str(model) in open_clip.list_models():  # not a config of one's own
+        # LAION's weights under the default model would run QuickGELU, and nothing would tell.
+        what = f"does not tell its activation: {'QuickGELU' if own else 'GELU'}, as {model} has it"
+        print(f"note: {path} {what} (names with -quickgelu have QuickGELU)", file=sys.stderr)
+    clip = build_clip(config, state, path)
 
     def whole(name):  # path, so that a checkpoint finds its CLIP from any folder
-        return os.path.abspath(name) if os.path.isfile(name) else str(name)
+        return os.path.abspath(name) if os.path.exists(name) else str(name)
 
     clip.source = {
         "model": None if isinstance(model, dict) else whole(model),
@@ -306,6 +329,13 @@ def build_clip(config, state=None, path=None):
     """open_clip's CLIP from a model config and a state dict (random weights when None), float32,
     frozen."""
     try:
+        if max(config[name].get("layers", 12) for name in ("vision_cfg", "text_cfg")) > 1000:
+            raise ValueError("more than 1000 layers")
+        with torch.device("meta"):  # takes no memory
+            clip = open_clip.CLIP(**copy.deepcopy(config))
+        size = sum(x.numel() for x in [*clip.parameters(), *clip.buffers()])
+        if size > 10**10:  # the largest CLIP there is has 2.5
+            raise ValueError(f"{size / 10**9:,.0f} thousand million weights")
         clip = open_clip.CLIP(**copy.deepcopy(config))
     except Exception as error:  # whatever it stumbles over; the config is what is wrong
         what = f"not a model config that open_clip.CLIP takes: {first_line(error)}"
@@ -334,27 +364,33 @@ def check_vit(clip):
 
 def clip_config(model):
     """The model config (a dict) of an open_clip name, a JSON file or a dict; InputError for no
-    plain CLIP."""
+    plain CLIP of a sane size."""
     if isinstance(model, dict):
-        return copy.deepcopy(model)
-    if str(model).endswith(".json"):
+        config = copy.deepcopy(model)
+    elif str(model).endswith(".json"):
         try:
             config = json.loads(read_text(model))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             what = f"cannot be read as a model config ({first_line(error)})"
             raise InputError(f"--model {model}: {what}") from error
         config = config.get("model_cfg", config) if isinstance(config, dict) else None
-    else:
+    elif str(model) in (names := open_clip.list_models()):
         config = open_clip.get_model_config(str(model))
-        if config is None:
-            what = "neither a name that open_clip knows nor a .json file"
-            raise InputError(f"--model {model}: {what}")
+    else:
+        near = ", ".join(difflib.get_close_matches(str(model), names))
+        what = "neither a name that open_clip knows nor a .json file"
+        raise InputError(f"--model {model}: {what}{near and '; near: '}{near}")
+    towers = (
+        [config.get(f"{name}_cfg") for name in ("vision", "text")]
+        if isinstance(config, dict)
+        else [None]
+    )
     plain = (
-        isinstance(config, dict)
+        all(isinstance(tower, dict) for tower in towers)
         and "embed_dim" in config
-        and all(isinstance(config.get(part), dict) for part in ("vision_cfg", "text_cfg"))
         and not {"custom_text", "multimodal_cfg"} & config.keys()
-        and "hf_tokenizer_name" not in config["text_cfg"]
+        # Those build models of other libraries, and fetch them from the network.
+        and not any(key.startswith(("timm_", "hf_")) for tower in towers for key in tower)
     )
     if not plain:
         what = "not a plain CLIP config (embed_dim, vision_cfg, text_cfg)"
@@ -363,17 +399,18 @@ def clip_config(model):
 
 
 def find_weights(model, pretrained):
-    """Path of the weights file for a tag or a local file; None for None. Downloads a tag's file
-    once (open_clip)."""
+    """Path of the weights file for a tag, a local file or a folder of Hugging Face's layout; None
+    for None. Downloads a tag's file once (open_clip)."""
     if pretrained is None or os.path.isfile(pretrained):
         return pretrained
-    hint = (
-        "give a local weights file instead: --pretrained FILE"
-        " (state dict, OpenAI archive or safetensors)"
-    )
+    for name in FOLDER:
+        if os.path.isfile(path := os.path.join(pretrained, name)):
+            return path
+    hint = "give a local file: --pretrained FILE (state dict, OpenAI's archive or safetensors)"
     tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
     if not tag:
-        raise InputError(f"--pretrained {pretrained}: no such file, and no tag of {model}; {hint}")
+        what = f"no folder with {FOLDER[0]}" if os.path.isdir(pretrained) else "no such file"
+        raise InputError(f"--pretrained {pretrained}: {what}, and no tag of {model}; {hint}")
     try:
         return open_clip.download_pretrained(tag)
     except Exception as error:  # every hub client has its own errors; the cause is kept
@@ -381,69 +418,107 @@ def find_weights(model, pretrained):
         raise InputError(f"--pretrained {pretrained}: {what}; {hint}") from error
 
 
-def trained_with_quick_gelu(model, pretrained, path):
-    """True or False where the weights' origin tells their activation, None where it does not (a
-    plain local file)."""
-    tag = open_clip.get_pretrained_cfg(str(model), str(pretrained)) if pretrained else None
-    if tag and str(pretrained) != str(path):
-        return bool(tag.get("quick_gelu", False))
-    # Only OpenAI hands out TorchScript archives.
-    return True if path and is_torchscript(path) else None
-
-
-def is_torchscript(path):
-    """Whether a file is a TorchScript archive, such as OpenAI's ViT-B-16.pt."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
-
-
-class Inert:
-    """Stands in for a class of a library that is not installed here: takes anything, does nothing,
-    runs no code."""
+class Attributes(dict):
+    """Stands in for every class that torch does not know: takes attributes, runs no code."""
 
     def __init__(self, *args, **kwargs):
-        pass
+        super().__init__()
 
     def __setstate__(self, state):
-        pass
+        self.update(state if isinstance(state, dict) else {})
 
 
-def read_file(path):
-    """What torch.save put into a file. Nothing in its pickle is executed: classes that torch does
-    not know are inert."""
+def read_file(path, verify=False):
+    """What torch.save or TorchScript put into a file, or its safetensors; no code in it runs.
+
+    Objects of classes that torch does not know come back as Attributes. verify: compare the CRC-32
+    that torch.save stores with every tensor. Raises InputError that says what the file is instead.
+    """
     if not os.path.isfile(path):
         what = "a folder, not a file" if os.path.isdir(path) else "no such file"
         raise InputError(f"{path}: {what}")
     try:
-        known = torch.serialization.get_unsafe_globals_in_checkpoint
-        unknown = known(path) if zipfile.is_zipfile(path) else []
-        with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
+        with open(path, "rb") as file:
+            head = file.read(40).lower()
+        if not head:
+            raise InputError(f"{path}: an empty file")
+        if what := next((text for start, text in NOT_WEIGHTS.items() if start in head), None):
+            raise InputError(f"{path}: {what}")
+        if str(path).endswith(".safetensors"):
+            return open_clip.factory.load_state_dict(str(path))
+        if head[8:10] == b'{"':  # after the length of this header
+            raise InputError(f"{path}: safetensors; its name has to end in .safetensors")
+        if not zipfile.is_zipfile(path):  # torch's format until 2020
             return torch.load(path, map_location="cpu", weights_only=True)
+        with tensors_alone(path, verify) as file:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            file.seek(0)
+            with torch.serialization.safe_globals([(Attributes, name) for name in unknown]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # truncated zip, foreign pickle, blocked module: the file is wrong
-        what = f"not a file of weights that can be read ({first_line(error)})"
-        raise InputError(f"{path}: {what}") from error
+        what = "not a checkpoint that can be read: damaged, or more than tensors and numbers"
+        raise InputError(f"{path}: {what} ({type(error).__name__})") from error
 
 
-# OpenAI's archive has these beside its weights.
-NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+def tensors_alone(path, verify):
+    """A zip file as torch.load takes it, open: of a TorchScript archive all but its code.
+
+    Raises InputError where it would unpack to more than it is, or (verify) where a bit is wrong.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if "/code/" not in name]
+        if sum(archive.getinfo(name).file_size for name in names) > os.path.getsize(path):
+            raise InputError(f"{path}: compressed, which torch.save never does")
+        if verify and (broken := archive.testzip()):
+            raise InputError(f"{path}: damaged: {broken} is not what was written")
+        if len(names) == len(archive.namelist()):
+            return open(path, "rb")
+        copy_of = io.BytesIO()
+        with zipfile.ZipFile(copy_of, "w") as alone:
+            for name in names:
+                if not name.endswith("/constants.pkl"):  # torch.load refuses these
+                    alone.writestr(name, archive.read(name))
+    copy_of.seek(0)
+    return copy_of
+
+
+def flatten(attributes):
+    """State dict of the modules of a TorchScript archive: {"a": {"b": tensor}} -> {"a.b":
+    tensor}."""
+    state, modules = {}, [("", attributes)]
+    for prefix, module in modules:  # a list that grows
+        for name, value in module.items():
+            if isinstance(value, Attributes):
+                modules.append((f"{prefix}{name}.", value))
+            elif torch.is_tensor(value):
+                state[prefix + name] = value
+        module.clear()  # so that it ends where a hostile file holds a module within itself
+    return state
 
 
 def read_weights(path):
-    """A CLIP state dict from a local file; InputError when it holds none."""
-    try:
-        if is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = open_clip.factory.load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and safetensors each raise their own
-        what = f"not a weights file that can be read ({first_line(error)})"
-        raise InputError(f"{path}: {what}") from error
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+    """(CLIP's state dict in open_clip's names, True for OpenAI's archive: trained with QuickGELU).
+
+    The file is of open_clip, OpenAI or Hugging Face. Raises InputError when it holds no CLIP.
+    """
+    state, quick = read_file(path), None
+    if isinstance(state, Attributes):
+        if "_modules" in state:
+            raise InputError(f"{path}: a pickled model; save its state_dict() instead")
+        state, quick = flatten(state), True  # only OpenAI hands out TorchScript archives
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    state = {re.sub(PREFIX, "", str(key)): value for key, value in state.items()}
+    state = {k: v for k, v in state.items() if k.split(".")[-1] not in BESIDE}
+    other = any(key.startswith(("adapter.", "masker.")) for key in state)
+    if not state or other or not all(map(torch.is_tensor, state.values())):
         what = "no CLIP state dict; a checkpoint of GCL goes to --checkpoint or --resume"
         raise InputError(f"{path}: {what}")
-    return {key: value for key, value in state.items() if key not in NO_WEIGHTS}
+    if "visual_projection.weight" in state:
+        state = release.from_hugging_face(state)
+    return state, quick
 
 
 def load_strict(module, state, path):
@@ -452,13 +527,24 @@ def load_strict(module, state, path):
     for key, value in own.items():
         if key not in state:
             raise InputError(f"{path}: {key} is missing; is this a checkpoint of another model?")
-        if state[key].shape != value.shape:
-            shapes = f"has shape {tuple(state[key].shape)}, this model needs {tuple(value.shape)}"
+        found = state[key]
+        if not is_dense(found):
+            raise InputError(f"{path}: {key} is no dense float tensor; save it as one")
+        if found.shape != value.shape:
+            shapes = f"has shape {tuple(found.shape)}, this model needs {tuple(value.shape)}"
             raise InputError(f"{path}: {key} {shapes}: a checkpoint of another CLIP?")
+        if not found.isfinite().all():
+            raise InputError(f"{path}: {key} has values that are NaN or infinite")
     if extra := sorted(state.keys() - own.keys()):
         what = f"{extra[0]} is not part of this model: a checkpoint of another CLIP?"
         raise InputError(f"{path}: {what}")
     module.load_state_dict(state, strict=False)  # strict already, but for the frozen CLIP of a GCL
+
+
+def is_dense(x):
+    """Whether x is a plain tensor of floats: not sparse, quantised, on meta, or expanded."""
+    plain = torch.is_tensor(x) and x.layout is torch.strided and x.is_floating_point()
+    return plain and not x.is_meta and x.untyped_storage().nbytes() >= x.nbytes
 
 
 def fingerprint(clip):

@@ -45,6 +45,7 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOSSES = ("gcl_v", "gcl_f", "cl")
 WEIGHTS = {"gcl": 0.1, "area": 0.4, "tv": 1.0}  # the lambdas of Sec. 4.1
 FORMAT = "gcl-1"
+FIELDS = {"area_prior": float, "clip": dict, "clip_crc": int, "losses": tuple, "recipe": dict}
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ class GCL(nn.Module):
         for name in losses:
             if name not in LOSSES:
                 raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}")
-        if isinstance(recipe, str) and recipe not in RECIPES:
+        self.recipe = RECIPES.get(recipe, recipe)
+        if not isinstance(self.recipe, Recipe):
             raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
         backbone.check_vit(clip)
-        self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         self.losses, self.p_pos = tuple(losses), area_prior
         self.clip = clip.float().eval().requires_grad_(False)
         visual, last = clip.visual, clip.visual.transformer.resblocks[-1]
@@ -182,10 +183,8 @@ class GCL(nn.Module):
         for name in names:
             tokens = tokenizer([template.replace("{}", name) for template in templates])
             if tokens.max() >= self.clip.vocab_size:
-                what = (
-                    f"the tokenizer is larger than this CLIP's vocabulary ({self.clip.vocab_size})"
-                )
-                raise InputError(what)
+                what = f"({self.clip.vocab_size})"
+                raise InputError(f"the tokenizer is larger than this CLIP's vocabulary {what}")
             t = self.clip.encode_text(tokens.to(self.w.device))  # [T, C], T templates
             rows.append(full(t).mean(0))
         return normalize(torch.stack(rows))  # [K, C]
@@ -325,7 +324,7 @@ class GCL(nn.Module):
         extra: more entries, plain values and tensors. The file loads with torch.load(path,
         weights_only=True) and appears under its name only when it is complete.
         """
-        source = getattr(self.clip, "source", {"model": None, "pretrained": None, "config": None})
+        source = getattr(self.clip, "source", dict.fromkeys(("model", "pretrained", "config")))
         inside = source["config"] is not None and source["pretrained"] is None
         fields = {
             "format": FORMAT,
@@ -343,64 +342,65 @@ class GCL(nn.Module):
 
 
 def read_checkpoint(path):
-    """The dict of a checkpoint file, this project's or the authors'; nothing in its pickle is
-    executed."""
-    checkpoint = backbone.read_file(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+    """The dict of this project's checkpoint, or the authors' tcl.pth translated into one.
+
+    Nothing in its pickle is executed. Raises InputError for any other file.
+    """
+    checkpoint = backbone.read_file(path, verify=True)
+    model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
         what = "not a GCL checkpoint (no 'model' entry); CLIP weights go to --pretrained"
         raise InputError(f"{path}: {what}")
+    if any(key.startswith("masker.") for key in model):
+        fields = {"format": FORMAT, "recipe": asdict(RECIPES["release"])}
+        return fields | release.translate(model)
+    if checkpoint.get("format") != FORMAT:
+        what = "neither a checkpoint of this project nor the authors' release"
+        raise InputError(f"{path}: {what}")
+    for name, kind in FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            what = f"an incomplete checkpoint, {name!r} is missing or of a wrong type"
+            raise InputError(f"{path}: {what}")
     return checkpoint
 
 
 def load(path, model=None, pretrained=None, device="cpu"):
-    """A GCL from this project's checkpoint or the authors' tcl.pth, with or without its CLIP part,
-    in eval mode.
+    """A GCL from this project's checkpoint or the authors' tcl.pth, in eval mode.
 
     model, pretrained: override the CLIP that the file names (or holds); a stripped tcl.pth names
     none and gets ViT-B-16-quickgelu / openai. Raises InputError when they do not fit, naming the
     first mismatching tensor.
     """
     checkpoint = read_checkpoint(path)
-    if any(key.startswith("masker.") for key in checkpoint["model"]):
-        checkpoint = release.translate(checkpoint["model"])
-        checkpoint |= {"format": FORMAT, "recipe": asdict(RECIPES["release"])}
-    recipe = check_fields(checkpoint, path)
     state, source = checkpoint["model"], checkpoint["clip"]
     frozen = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
     if frozen and pretrained is None:
-        config = backbone.clip_config(model or source["config"])
+        config = backbone.clip_config(model or source.get("config"))
         clip = backbone.build_clip(config, frozen, path)
         clip.source = {"model": model, "pretrained": None, "config": config}
     else:
-        model, pretrained = model or source["model"], pretrained or source["pretrained"]
+        model, pretrained = model or source.get("model"), pretrained or source.get("pretrained")
         if model is None or pretrained is None:
             raise InputError(f"{path}: does not name its CLIP; give --model and --pretrained")
         if str(model).endswith(".json") and not os.path.isfile(model):
-            model = source["config"]  # the config file has moved, its content is here
-        clip, _ = load_clip(model, pretrained)
-    net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
+            model = source.get("config")  # the config file has moved, its content is here
+        clip, _ = load_clip(model, str(pretrained))
+    try:
+        recipe = Recipe(**checkpoint["recipe"])
+        torch.tensor(recipe.norm).view(2, 3)  # mean and std of three channels
+        net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"not a recipe and losses that this version has ({first_line(error)})"
+        raise InputError(f"{path}: {what}") from error
     restore(net, checkpoint, path)
     return net.to(device).eval()
 
 
-def check_fields(checkpoint, path):
-    """The Recipe of this project's checkpoint; InputError for another file or one that lacks
-    something."""
-    if checkpoint.get("format") != FORMAT:
-        what = "neither a checkpoint of this project nor the authors' release"
-        raise InputError(f"{path}: {what}")
-    for name in ("area_prior", "clip", "clip_crc", "losses", "recipe"):
-        if name not in checkpoint:
-            raise InputError(f"{path}: an incomplete checkpoint, {name!r} is missing")
-    return Recipe(**checkpoint["recipe"])
-
-
 def restore(net, checkpoint, path):
-    """Puts the trained part of this project's checkpoint into net; InputError when recipe or CLIP
-    do not fit."""
-    recipe = check_fields(checkpoint, path)
-    if recipe != net.recipe:
-        raise InputError(f"{path}: has the recipe {recipe.name!r}, not {net.recipe.name!r}")
+    """Puts the trained part of a checkpoint into net; InputError when recipe or CLIP do not fit."""
+    recipe, own = checkpoint["recipe"], asdict(net.recipe)
+    if own | recipe != own:  # one of an older version lacks what was added since
+        raise InputError(f"{path}: has the recipe {recipe.get('name')!r}, not {own['name']!r}")
     state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("clip.")}
     load_strict(net, state, path)
     if checkpoint["clip_crc"] not in (None, backbone.fingerprint(net.clip)):

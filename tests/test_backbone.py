@@ -3,6 +3,8 @@
 
 import json
 import math
+import shutil
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -279,3 +281,219 @@ OTHER_VISION += [{"final_ln_after_pool": True}, {"wings": 2}]
 def test_models_without_a_plain_vit_are_refused(tmp_path, vision):
     with pytest.raises(files.InputError):
         gcl.load_clip(write_config(tmp_path, {**vision, "image_size": 64}), pretrained=None)
+
+
+# ---- weights as people have them, and files that only look like them ----
+
+
+def saved(folder, content, name="clip.pt", **options):
+    torch.save(content, folder / name, **options)
+    return folder / name
+
+
+class Hostile(torch.nn.Module):
+    """Empties the file at path where its code runs at loading."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path, self.bytes = path, torch.zeros(4, dtype=torch.uint8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> str:
+        return self.path
+
+    @torch.jit.export
+    def __setstate__(self, path: str) -> None:
+        self.path, self.training = path, False
+        self.bytes = torch.from_file(path, shared=True, size=4, dtype=torch.uint8).fill_(65)
+
+
+@jit
+def test_code_in_an_archive_does_not_run(tmp_path):
+    victim, archive = tmp_path / "victim", tmp_path / "archive.pt"
+    victim.write_bytes(b"mine")
+    torch.jit.save(torch.jit.script(Hostile(str(victim))), archive)
+    net = gcl.GCL(gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0])
+    net.clip.source["pretrained"] = str(archive)  # and where a checkpoint names it
+    net.save(tmp_path / "net.pt")
+    for load in (lambda: gcl.load_clip(CLIP_JSON, archive), lambda: gcl.load(tmp_path / "net.pt")):
+        with pytest.raises(files.InputError, match="archive.pt: no CLIP state dict"):
+            load()
+    assert victim.read_bytes() == b"mine"
+    torch.jit.load(archive)
+    assert victim.read_bytes() == b"AAAA"  # so it would have
+
+
+def in_hugging_faces_names(weights):
+    """The state dict of transformers' CLIPModel with open_clip's weights, written by hand."""
+    theirs = {"logit_scale": weights["logit_scale"]}
+    towers = {"visual.": ("vision_model.", 3), "": ("text_model.", 2)}
+    layer_names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    layer_names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for ours, (tower, layers) in towers.items():
+        for n in range(layers):
+            here, there = f"{ours}transformer.resblocks.{n}.", f"{tower}encoder.layers.{n}."
+            for kind in ("weight", "bias"):
+                parts = weights[f"{here}attn.in_proj_{kind}"].chunk(3)
+                for name, part in zip("qkv", parts, strict=True):
+                    theirs[f"{there}self_attn.{name}_proj.{kind}"] = part.clone()
+                for name, other in layer_names.items():
+                    theirs[f"{there}{other}.{kind}"] = weights[f"{here}{name}.{kind}"]
+        positions = weights[f"{ours}positional_embedding"]
+        theirs[f"{tower}embeddings.position_embedding.weight"] = positions
+        theirs[f"{tower}embeddings.position_ids"] = torch.arange(len(positions))[None]
+    norms = {
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+    }
+    norms["visual.ln_post"] = "vision_model.post_layernorm"
+    for ours, other in norms.items():
+        theirs |= {f"{other}.{kind}": weights[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+    theirs["text_model.embeddings.token_embedding.weight"] = weights["token_embedding.weight"]
+    theirs["vision_model.embeddings.class_embedding"] = weights["visual.class_embedding"]
+    theirs["vision_model.embeddings.patch_embedding.weight"] = weights["visual.conv1.weight"]
+    theirs["visual_projection.weight"] = weights["visual.proj"].T.contiguous()
+    theirs["text_projection.weight"] = weights["text_projection"].T.contiguous()
+    return theirs
+
+
+def test_hugging_faces_names_prefixes_and_wrappers_load_alike(tmp_path, weights):
+    truth = backbone.fingerprint(gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0])
+    theirs = in_hugging_faces_names(weights)
+    assert len(theirs) == 3 + 6 + 3 * 16 + 2 * 16 + 2 + 2 + 3
+    wrapped = {f"_orig_mod.module.{key}": value for key, value in weights.items()}
+    (tmp_path / "folder").mkdir()
+    save_file(theirs, tmp_path / "folder/model.safetensors")
+    for path in (
+        saved(tmp_path, theirs, "pytorch_model.bin"),
+        tmp_path / "folder",
+        saved(tmp_path, {"model": wrapped, "epoch": 3}, "a.pt"),
+        saved(tmp_path, {"model_state_dict": {f"module.model.{k}": weights[k] for k in weights}}),
+        saved(tmp_path, weights, "old.pt", _use_new_zipfile_serialization=False),
+    ):
+        clip, _ = gcl.load_clip(CLIP_JSON, path)
+        assert backbone.fingerprint(clip) == truth, path
+    gcl.GCL(gcl.load_clip(CLIP_JSON, tmp_path / "folder")[0]).save(tmp_path / "net.pt")
+    assert gcl.load(tmp_path / "net.pt").clip.source["pretrained"] == str(tmp_path / "folder")
+
+
+def squeezed(folder, weights):
+    """The same zip, compressed: a file of 2 MB could unpack to 2 GB."""
+    with zipfile.ZipFile(saved(folder, weights)) as old:
+        with zipfile.ZipFile(folder / "small.pt", "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(
+                    name, bytes(len(old.read(name))) if "/data/" in name else old.read(name)
+                )
+    return folder / "small.pt"
+
+
+def written(folder, content, name="clip.pt"):
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def changed(weights, change):
+    key = "visual.ln_post.weight"
+    return {**weights, key: change(weights[key].float())}
+
+
+NO_WEIGHTS = {
+    "an empty file": lambda d, w: written(d, b""),
+    "a Git LFS pointer": lambda d, w: written(
+        d, b"version https://git-lfs.github.com/spec/v1\noid"
+    ),
+    "a web page": lambda d, w: written(d, b"<!DOCTYPE html><html>", "model.safetensors"),
+    "safetensors; its name": lambda d, w: Path(shutil.move(safe(d, w), d / "clip.pt")),
+    "a pickled model": lambda d, w: saved(d, gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0]),
+    "no folder with model.safetensors": lambda d, w: d,
+    "compressed, which": squeezed,
+    "weight is no dense float tensor": lambda d, w: saved(d, changed(w, lambda x: x.to_sparse())),
+    "ln_post.weight is no dense": lambda d, w: saved(d, changed(w, lambda x: x.to("meta"))),
+    "post.weight is no dense": lambda d, w: saved(d, changed(w, lambda x: x[:1].expand(10**10))),
+    "NaN or infinite": lambda d, w: saved(d, changed(w, lambda x: x * math.nan)),
+    "infinite": lambda d, w: saved(d, changed(w, lambda x: x / 0)),
+    "no CLIP state dict; a checkpoint of GCL": lambda d, w: RELEASE_STRIPPED,
+    "checkpoint of GCL goes to": lambda d, w: saved(d, {"loss": 3.0}),
+    "damaged": lambda d, w: written(d, saved(d, w).read_bytes()[:5000]),
+}
+
+
+def safe(folder, weights):
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "clip.safetensors")
+    return folder / "clip.safetensors"
+
+
+@pytest.mark.parametrize("what", NO_WEIGHTS)
+def test_a_file_that_is_no_weights_says_what_it_is(tmp_path, weights, what):
+    path = NO_WEIGHTS[what](tmp_path, weights)
+    with pytest.raises(files.InputError, match=what) as error:
+        gcl.load_clip(CLIP_JSON, path)
+    assert str(path) in str(error.value) and "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_quantised_weights_are_refused(tmp_path, weights):
+    quantised = changed(weights, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
+    with pytest.raises(files.InputError, match="clip.pt"):
+        gcl.load_clip(CLIP_JSON, saved(tmp_path, quantised))
+
+
+def test_a_plain_file_under_a_named_model_has_its_activation_told(tmp_path, monkeypatch, capsys):
+    config = {**json.loads(Path(CLIP_JSON).read_text()), "quick_gelu": True}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda _: config)
+    gcl.load_clip("ViT-B-16-quickgelu", CLIP_WEIGHTS)
+    told = capsys.readouterr().err
+    assert "does not tell its activation: QuickGELU, as ViT-B-16-quickgelu has it" in told
+
+
+def test_near_names_of_a_model_are_told():
+    with pytest.raises(files.InputError, match="ViT-B/16: neither a name.*near: .*ViT-B-16"):
+        gcl.load_clip("ViT-B/16", "openai")
+
+
+ABSURD = {
+    "vision_cfg": [
+        {"layers": 10**5},
+        {"width": 10**6},
+        {"image_size": 10**6},
+        {"layers": [1, 1, 1, 10**9]},
+        {"layers": "3"},
+        {"width": -48},
+        {"patch_size": 0},
+        {"timm_model_name": "hf-hub:someone/something"},
+    ],
+    "text_cfg": [
+        {"context_length": 10**6},
+        {"vocab_size": 10**12},
+        {"layers": 10**30},
+        {"hf_model_name": "someone/something"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "tower, change", [(tower, change) for tower, changes in ABSURD.items() for change in changes]
+)
+def test_absurd_configs_and_those_of_other_libraries_are_refused_at_once(
+    tmp_path, monkeypatch, tower, change
+):
+    """In a JSON file, and inside a checkpoint that carries its own CLIP."""
+    monkeypatch.setattr("socket.socket", None)  # nothing may ask the network
+    config = {**CONFIG, tower: {**CONFIG[tower], **change}}
+    net = make_net(tmp_path)
+    net.save(tmp_path / "net.pt", clip={"model": None, "pretrained": None, "config": config})
+    (tmp_path / "clip.json").write_text(json.dumps(config))
+    for load in (
+        lambda: gcl.load_clip(tmp_path / "clip.json", None),
+        lambda: gcl.load(tmp_path / "net.pt"),
+    ):
+        with pytest.raises(files.InputError):
+            load()

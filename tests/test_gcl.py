@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -1046,3 +1047,51 @@ def test_another_head_width_is_another_clip(tmp_path):
     other = write_config(tmp_path / "other", {"head_width": 16})
     with pytest.raises(files.InputError, match="was trained on another CLIP"):
         gcl.load(tmp_path / "net.pt", model=other)
+
+
+PAPER = dataclasses.asdict(gcl.RECIPES["paper"])
+WRONG = {
+    "area_prior": ["0.4", None],
+    "clip": [3, {}, {"model": 5, "pretrained": 0}, {"config": [1]}, {"model": "x", "config": {}}],
+    "clip_crc": ["x", 5],
+    "losses": [5, ("gcl_x",), (1,)],
+    "model": [5, {}, {3: 4}, {"w": "x"}],
+    "recipe": [5, {}, {**PAPER, "norm": "x"}, {**PAPER, "norm": ((1, 2), (3, 4))}],
+}
+WRONG["recipe"] += [{**PAPER, "unfreeze_block_at": "x"}, {**PAPER, "more": 3}]
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, v) for name, values in WRONG.items() for v in values]
+)
+def test_fields_of_the_wrong_type_are_one_line(tmp_path, name, value):
+    tiny().save(tmp_path / "net.pt", **{name: value})
+    with pytest.raises(files.InputError) as error:
+        gcl.load(tmp_path / "net.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_the_newest_field_of_the_recipe_loads(tmp_path):
+    net, path = tiny("release"), tmp_path / "net.pt"
+    recipe = dataclasses.asdict(net.recipe)
+    recipe.popitem()
+    net.save(path, recipe=recipe)
+    gcl.restore(net, gcl.read_checkpoint(path), path)
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """The CRC-32 that torch.save writes with every tensor; padding between them may be anything."""
+    path, generator = tmp_path / "net.pt", random.Random(0)
+    tiny().save(path)
+    whole, before = path.read_bytes(), gcl.read_checkpoint(path)["model"]
+    noticed = 0
+    for _ in range(40):
+        broken = bytearray(whole)
+        broken[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(broken)
+        try:
+            after = gcl.read_checkpoint(path)["model"]
+            assert all(torch.equal(before[key], after[key]) for key in before)
+        except files.InputError:
+            noticed += 1
+    assert noticed > 20
