@@ -11,7 +11,7 @@ The protocol: shorter side 448, windows of 448 with stride 224, masks averaged w
 overlap, resized to the label, argmax; a constant background channel where a set has background
 (0.4 with PAMR, 0.5 without); class names as they are, never "background" as a prompt; one
 confusion matrix per set. Fewer images than the whole set has give a result that is marked partial
-everywhere.
+everywhere. With --precision fp32 (the default) nothing is rounded to TF32.
 
 In the file's order: geometry and metric, which need numpy and torch alone; one image; one set;
 label PNGs; all that is checked before the long work; main. K classes that are prompts, n classes
@@ -142,12 +142,25 @@ SWEEP = [k / 20 for k in range(1, 20)]  # thresholds of --sweep-threshold
 
 
 def read_item(item):
-    """(image id, image uint8 [h, w, 3], label int64 [h, w]), or the error of one of the files."""
+    """(image id, image uint8 [h, w, 3], label uint8 or uint16 [h, w]), or the InputError."""
     image_id, image, label, lut = item
     try:
-        return image_id, np.array(files.read_picture(image)), benchmarks.read_label(label, lut)
+        image, label = np.array(files.read_picture(image)), benchmarks.read_label(label, lut)
+        return image_id, image, label.astype(np.min_scalar_type(label.max()))
     except files.InputError as error:  # raised again by the main process, in one line
         return error
+
+
+def loaded(items, workers):
+    """read_item of each of the items, by loader processes that are ahead of the model.
+
+    They send arrays, through a pipe: tensors would go through /dev/shm, which Docker keeps small.
+    """
+    try:
+        yield from DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
+    except RuntimeError as error:  # of DataLoader alone, when a process of its own is gone
+        killed = "a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
+        raise files.InputError(killed) from error
 
 
 def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
@@ -161,11 +174,10 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
         text = net.encode_classes(prompts, tokenizer, templates)  # [K, C]
     sweep = SWEEP if args.sweep_threshold and dataset.background else []
     matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)  # the result's, the sweep's
-    mine = range(rank, len(dataset), ranks)  # dealt out without padding: every image counts once
-    # Arrays, unlike tensors, leave a loader process through a pipe: Docker's /dev/shm is small.
-    loader = DataLoader(dataset.items, None, False, mine, None, args.workers, read_item)
+    mine = dataset.items[rank::ranks]  # dealt out without padding: every image counts once
     shown = np.linspace(0, len(mine) - 1, report.ROWS).astype(int)  # of rank 0's images
-    for k, item in enumerate(tqdm(loader, dataset.name, disable=rank > 0)):
+    bar = tqdm(loaded(mine, args.workers), dataset.name, len(mine), disable=rank > 0)
+    for k, item in enumerate(bar):
         if isinstance(item, files.InputError):
             raise item
         image_id, image, label = item
@@ -178,9 +190,9 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
             if dataset.background:
                 thresholds = args.bg_threshold, *sweep
                 predictions = [with_background(value, index, t) for t in thresholds]
-        scored = torch.from_numpy(label).to(predictions[0].device)
+        scored = torch.from_numpy(label.astype(np.int64)).to(predictions[0].device)
         for matrix, prediction in zip(matrices, predictions, strict=True):
-            matrix += confusion(scored, prediction, n).cpu()
+            matrix += confusion(scored, prediction, n, benchmarks.IGNORE).cpu()
         prediction = predictions[0].cpu().numpy().astype(np.uint8)
         if args.save_predictions:
             save_prediction(args, dataset, image_id, prediction)
@@ -351,7 +363,12 @@ def read_sets(args):
 
 
 def load_model(args, device):
-    """(net, tokenizer); an untrained GCL around CLIP for the methods that use CLIP alone."""
+    """(net, tokenizer); an untrained GCL around CLIP for the methods that use CLIP alone.
+
+    Turns TF32 off, for products and convolutions: what is float32 stays so, on GPUs too.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if args.method != "gcl":
         clip = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
         net = gcl.GCL(gcl.load_clip(*clip, device)[0]).eval()

@@ -6,6 +6,8 @@ import ast
 import inspect
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +358,39 @@ def test_a_rank_that_is_gone_is_one_line(monkeypatch):
         evaluate.evaluate_set(found, None, None, args, torch.device("cpu"), 0, 2)
 
 
+def test_a_loader_process_that_is_killed_is_one_line(world, tmp_path, monkeypatch, capsys):
+    """As by a full /dev/shm: SIGBUS."""
+    monkeypatch.setattr(evaluate, "read_item", lambda _: os.kill(os.getpid(), signal.SIGBUS))
+    options = [str(x) for x in (*world.maskclip, "--out", tmp_path, "--workers", 1)]
+    args = evaluate.parse_args(["--datasets", world.sets[1], *options])
+    assert files.command(evaluate.main, args) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "--workers" in line and "--shm-size" in line
+
+
+def test_what_loaders_send_is_small_and_no_tensor(world):
+    """Bytes for labels of less than 256 classes, through a pipe: nothing lies in /dev/shm."""
+    item = benchmarks.read_spec(world.sets[1]).items[0]
+    image_id, image, label = evaluate.read_item(item)
+    assert type(image) is type(label) is np.ndarray
+    assert image.dtype == label.dtype == np.uint8 and image.shape == (32, 40, 3)
+    assert np.array_equal(label, benchmarks.read_label(*item[2:])) and image_id == "0"
+
+
+def test_float32_is_not_rounded_to_tf32(world):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    args = evaluate.parse_args(["--datasets", "voc", "--method", "clip", *world.clip])
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        evaluate.load_model(args, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 @pytest.mark.parametrize("broken", ["images/1.png", "labels/1.png"])
 def test_what_cannot_be_read_is_named_and_stops_the_run(world, tmp_path, capsys, broken):
     spec = make_set(tmp_path / "cut", n=2)
@@ -454,7 +489,7 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path, c
     said = capsys.readouterr().out
     assert "(partial: 2 of 4 images)" in said and said.strip().endswith("(partial)")
     text = (tmp_path / "results.md").read_text()
-    assert "**Partial**: only some of the images of objects" in text
+    assert "Partial: only some of the images of objects" in text
 
 
 @pytest.mark.parametrize(
@@ -574,7 +609,7 @@ def test_a_run_on_a_benchmark_stands_beside_the_paper():
     part = report.markdown(
         {"average": 51.2, "settings": settings, "datasets": {"voc": one | {"images": 7}}}
     )
-    assert "**Partial**" in part and "51.2 (partial)" in part
+    assert "**Partial: " in part and "51.2 (partial)" in part
 
 
 def test_masks_stay_in_float32_under_autocast(world, monkeypatch):
