@@ -13,15 +13,18 @@ In the file's order: the constants of the eight, label files, sets on disk, chec
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import re
+import reprlib
 import struct
 import sys
+import textwrap
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image
@@ -30,6 +33,7 @@ import files
 from files import InputError
 
 IGNORE, INVALID = 255, -1  # in a label lookup table: not scored, and not allowed
+MOST = 10_000  # classes of a set
 SHOWN = 5  # files of a set that are named when many are wrong or missing
 
 
@@ -37,10 +41,15 @@ SHOWN = 5  # files of a set that are named when many are wrong or missing
 
 
 def lookup_table(values, ignored=(255,), rest=INVALID):
-    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest."""
-    table = np.full(256, rest, dtype=np.int16)
+    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest.
+
+    With values past 255: int16 [65536], and what is not scored is the number of classes, if that is
+    above IGNORE, so that it is never one of them.
+    """
+    size = 256 if max([0, *values, *ignored]) < 256 else 65_536
+    table = np.full(size, rest, dtype=np.int16)
     table[list(values)] = np.arange(len(values))
-    table[list(ignored)] = IGNORE
+    table[list(ignored)] = max(IGNORE, len(values))
     return table
 
 
@@ -291,7 +300,8 @@ def read_stored(path):
 def spans(values):
     """Sorted integers in short: [0, 1, 2, 255] is "0-2 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return " ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r))
+    words = [f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r)]
+    return brief(" ".join(words))
 
 
 def allowed(lut):
@@ -310,7 +320,7 @@ def misfit(path, values, lut):
 
 
 def read_label(path, lut):
-    """Class indices int64 [h, w], IGNORE where not scored; InputError names a value without one."""
+    """Class indices int64 [h, w], as lookup_table says; InputError names a value without one."""
     stored = read_stored(path)
     if wrong := misfit(path, np.unique(stored), lut):
         raise InputError(wrong)
@@ -322,7 +332,7 @@ def read_label(path, lut):
 
 @dataclass
 class SegmentationSet:
-    """A labelled set. items: (image id, image path, label path, lut), lut int16 [256] as above.
+    """A labelled set. items: (image id, image path, label path, lut), lut of lookup_table.
 
     Class 0 is the background where there is one. full: how many images the whole benchmark has.
     """
@@ -361,8 +371,10 @@ def read_files(name, bench, data_root):
     patterns = [bench.images, *bench.labels, bench.ids]
     places = dict.fromkeys(root / re.split(r"{id}|\*", pattern)[0] for pattern in patterns)
     missing = [place for place in places if not place.exists()] if root.is_dir() else [root]
-    for i in [] if missing else find_ids(root, bench):
-        image = root / bench.images.replace("{id}", i)
+    forms = [bench.images, capitals(bench.images)]
+    for i in [] if missing else find_ids(root, bench.ids, forms):
+        images = [root / path.replace("{id}", i) for path in forms]
+        image = next(filter(Path.is_file, images), images[0])
         labels = {root / path.replace("{id}", i): lut for path, lut in bench.labels.items()}
         label = next(filter(Path.is_file, labels), [*labels][-1])
         missing += [path for path in (image, label) if not path.is_file()]
@@ -377,26 +389,38 @@ def read_files(name, bench, data_root):
     return SegmentationSet(name, *facts)
 
 
-def find_ids(root, bench):
+def find_ids(root, ids, forms):
     """The image ids of a Benchmark, from its list or from its folder of images."""
-    if "*" not in bench.ids:
-        return read_list(root / bench.ids)
-    before, after = bench.images.split("{id}")
-    return sorted(
-        path.relative_to(root / before).as_posix().removesuffix(after)
-        for path in (root / before).glob(bench.ids + after)
-        if path.name[0] != "."  # some archives bring ._ files along
-    )
+    if "*" not in ids:
+        return read_list(root / ids)
+    folder, endings = root / forms[0].split("{id}")[0], [path.split("{id}")[1] for path in forms]
+    # Some archives bring ._ files along.
+    found = [path for path in folder.glob(ids) if path.name[0] != "."]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    return sorted({n.removesuffix(e) for n in names for e in endings if n.endswith(e)})
+
+
+def capitals(path):
+    """The same path with its suffix in capitals, as cameras write it."""
+    stem, suffix = os.path.splitext(path)
+    return stem + suffix.upper()
 
 
 def read_list(path):
-    """Image ids, one a line; InputError when the file is missing or empty, or names one twice."""
+    """Image ids, one a line; InputError when there are none, or one is there twice or no id.
+
+    An id becomes the path of a prediction that is written: it stays below its folder.
+    """
     ids = Counter(line.strip() for line in files.read_text(path).splitlines() if line.strip())
     if not ids:
         raise InputError(f"{path}: holds no image ids")
     first, times = ids.most_common(1)[0]
     if times > 1:
         raise InputError(f"{path}: holds {first} twice")
+    for i in ids:
+        plain = PureWindowsPath(i)  # knows both slashes, and drives
+        if plain.anchor or ".." in plain.parts or plain.as_posix() != i:
+            raise InputError(f"{path}: {i[:99]!r} is no image id; a plain path below the folder is")
     return list(ids)
 
 
@@ -406,8 +430,9 @@ class Spec:
 
     list: a file of image ids, one a line; null takes every image of the folder. With background,
     the first class is "background". values: the stored value of each class, as [0, 255]; null is 0,
-    1, ..., or with zero_is_ignored 1, 2, ... ignore: stored values that are not scored; null is 255
-    where it is no class. palette: [r, g, b] for each class; null is VOC's.
+    1, ..., or with zero_is_ignored 1, 2, ... ignore: stored values that are not scored; null is
+    255, or with values past it 65535 (labels have 16 bits then), where that is no class. palette:
+    [r, g, b] for each class; null is VOC's.
     """
 
     name: str
@@ -429,63 +454,70 @@ def read_spec(path):
     text = files.read_text(path)
     try:
         spec = Spec(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        fields = ", ".join(Spec.__annotations__)
-        raise InputError(f"{path}: must be a JSON object of {fields} ({error})") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        fields, why = ", ".join(Spec.__annotations__), files.first_line(error)
+        raise InputError(f"{path}: must be a JSON object of {fields} ({why})") from error
     if wrong := next(spec_problems(spec), None):
         raise InputError(f"{path}: {wrong}")
-    n = len(spec.classes)
-    stored, ignored = rule_of(spec)
+    n, shift = len(spec.classes), int(spec.zero_is_ignored)
+    stored = spec.values or range(shift, n + shift)
+    top = 255 if max(stored) < 256 else 65_535
+    ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
+    lut = lookup_table(stored, [0] * shift + ignored)
+    if sorted({*lut.tolist()} - {INVALID, max(IGNORE, n)}) != list(range(n)):
+        raise InputError(f"{path}: each class needs one stored value that is not ignored")
+    images = os.path.join(spec.images, "{id}" + spec.image_suffix)
+    labels = os.path.join(spec.labels, "{id}" + spec.label_suffix)
     bench = Benchmark(
         spec.classes,
         (spec.palette or voc_palette(n + 1)[1 - spec.background :])[:n],
         None,
         "",
-        os.path.join(spec.images, "{id}" + spec.image_suffix),
+        images,
         spec.list or "*",
-        {os.path.join(spec.labels, "{id}" + spec.label_suffix): lookup_table(stored, ignored)},
+        {capitals(labels): lut, labels: lut},
     )
-    return read_files(spec.name, bench, Path(path).parent)
-
-
-def rule_of(spec):
-    """(stored value of each class, stored values that are ignored) of a Spec."""
-    shift = int(spec.zero_is_ignored)
-    stored = spec.values or list(range(shift, len(spec.classes) + shift))
-    ignored = [255] if spec.ignore is None and 255 not in stored else spec.ignore or []
-    return stored, [0] * shift + ignored
+    dataset = read_files(spec.name, bench, Path(path).parent)
+    taken = {file for item in dataset.items for file in item[1:3]}
+    folders = {Path(path).parent / folder for folder in (spec.images, spec.labels)}
+    for folder in folders if not spec.list else ():
+        found = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
+        if rest := [file for file in found if str(folder / file) not in taken]:
+            pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
+            line = f"{len(rest)} files of {folder} are left out, {pair}"
+            note(f"{spec.name}: {line}: {brief(', '.join(rest))}")
+    return dataset
 
 
 def spec_problems(spec):
     """Yields what is wrong with a Spec; each line relies on those before it."""
     for field, kind in Spec.__annotations__.items():
         if not isinstance(value := getattr(spec, field), kind):
-            yield f"{field} cannot be {value!r}"
+            yield f"{field} cannot be {reprlib.repr(value)}"
     classes, palette = spec.classes, spec.palette or [[0, 0, 0]] * len(spec.classes)
-    first, texts = classes[: spec.background], classes[spec.background :]
-    if not all(isinstance(c, str) for c in classes) or not 0 < len(texts) < 255:
-        yield "classes must be 1 to 254 names"
-    if len({*classes}) < len(classes):
-        yield "class names must differ"
-    if "background" in texts or first != ["background"] * spec.background:
+    if not all(isinstance(c, str) and len(c) < 1000 for c in classes):
+        yield "classes must be names of at most 999 letters"
+    if not spec.background < len(classes) <= MOST:
+        yield f"classes must be 1 to {MOST} names"
+    read = [" ".join(c.lower().split()) for c in classes]  # as CLIP reads them
+    if "" in read or len({*read}) < len(read):
+        yield "class names must differ in more than case and blanks, and none is empty"
+    if [c for c in read if c == "background"] != classes[: spec.background]:
         yield '"background" is the first class with "background": true, and none without'
-    if len(palette) < len(classes) or not all(are_bytes(c) and len(c) == 3 for c in palette):
+    if len(palette) < len(classes) or not all(are_whole(c, 255) and len(c) == 3 for c in palette):
         yield "palette needs one [r, g, b] of 0 to 255 per class"
-    if not are_bytes([*(spec.ignore or []), *(spec.values or [])]):
-        yield "ignore and values must be lists of stored values, 0 to 255"
-    stored, ignored = rule_of(spec)
-    if not len({*stored} - {*ignored}) == len(stored) == len(classes):
-        yield "each class needs a stored value of its own that is not ignored"
-    if spec.name in BENCHMARKS or not re.fullmatch(r"[\w.-]+", spec.name):
+    if not are_whole([*(spec.ignore or []), *(spec.values or [])], 65_535):
+        yield "ignore and values must be lists of stored values, 0 to 65535"
+    if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]{,99}", spec.name):
         yield (
-            f"name {spec.name!r} becomes a file name: of letters, digits, '.', '_' and '-' alone, "
-            "and not the name of a benchmark"
+            f"name {reprlib.repr(spec.name)} becomes a file name: of letters, digits, '.', '_' "
+            "and '-' alone, and not the name of a benchmark"
         )
 
 
-def are_bytes(value):
-    """Is it a list of integers of 0 to 255?"""
-    return isinstance(value, list | tuple) and all(type(v) is int and 0 <= v < 256 for v in value)
+def are_whole(value, most):
+    """Is it a list of integers of 0 to most? true and false are none."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= most for v in value)
 
 
 # ---- python benchmarks.py check ----
@@ -526,9 +558,9 @@ def survey(dataset, workers):
     if len(absent) == len(classes):
         wrong = [f"no pixel of {dataset.name} is scored: its labels hold {ignored} alone, ignored"]
     elif absent:
-        shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
-        of = f"{len(absent)} of {len(classes)} classes ({shown})"
-        note(f"{dataset.name}: no label holds {of}; stored {ignored or 'none'} is not scored")
+        of = f"{len(absent)} of {len(classes)} classes"
+        unscored = f"stored {ignored or 'none'} is not scored"
+        note(f"{dataset.name}: {unscored}, no label holds {of}: {brief(', '.join(absent))}")
     return wrong, stored
 
 
@@ -536,6 +568,11 @@ def note(line):
     """To stderr, once where several ranks run."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
+
+
+def brief(text):
+    """As many of its words as fit in a line."""
+    return textwrap.shorten(text, 200, placeholder=" ...")
 
 
 def check_labels(dataset, workers=1):
@@ -580,6 +617,8 @@ def check_sets(names, data_root, workers=1):
 MAT_FOLDER = "trainval"  # as trainval.tar.gz unpacks
 MAT_TYPES = " bBhHiIf d  qQ"  # numpy's letter of each number type, by the format's own number
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_ODD = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}  # kinds of matrix
+MAT_BYTES = 64 << 20  # of a file, unpacked; nothing is packed twice, so it is below 1,032 times too
 
 
 def mat_elements(content):
@@ -598,21 +637,32 @@ def mat_elements(content):
 def read_mat(path, name):
     """The real matrix [h, w] of this name in a MATLAB 5 MAT-file; InputError without one."""
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content, room = file.read(MAT_BYTES), MAT_BYTES
         if content[124:128] != b"\0\1IM":
             raise ValueError("no header of version 1, little-endian")
         for kind, body in mat_elements(content[128:]):
             if kind == MAT_COMPRESSED:
-                [(kind, body)] = mat_elements(zlib.decompress(body))
+                unpack = zlib.decompressobj()
+                body = unpack.decompress(body, room + 1)
+                room -= len(body)
+                if room < 0 or not unpack.eof:
+                    raise ValueError("cut off, or unpacks to more than 64 MB")
+                [(kind, body)] = mat_elements(body)
             if kind == MAT_MATRIX:
-                _flags, shape, called, values = [*mat_elements(body)][:4]
-                if called[1] == name.encode():
-                    height, width = struct.unpack("<2i", shape[1])
-                    flat = np.frombuffer(values[1], "<" + MAT_TYPES[values[0]])
+                parts = itertools.islice(mat_elements(body), 4)
+                (_, flags), (_, shape), (_, called), *rest = parts
+                if called == name.encode():
+                    if odd := MAT_ODD.get(flags[0]) or "complex" * (flags[1] >> 3 & 1):
+                        raise ValueError(f"it is {odd}")
+                    height, width = struct.unpack("<2i", shape)
+                    flat = np.frombuffer(rest[0][1], "<" + MAT_TYPES[rest[0][0]])
                     return flat.reshape(width, height).T  # column by column -> [h, w]
+        raise ValueError("it is not there")
     except Exception as error:  # whatever a broken file makes them stumble over
-        raise InputError(f"{path}: cut off, or not a MATLAB 5 MAT-file ({error})") from error
-    raise InputError(f"{path}: holds no matrix {name}")
+        raise InputError(
+            f"{path}: no whole MATLAB 5 MAT-file with a matrix {name} of real numbers ({error})"
+        ) from error
 
 
 def context_label(paths):
@@ -692,17 +742,13 @@ def parse_args(argv=None):
         help="exit code of check: 0 when all is whole",
     )
     add("--data-root", default="data", help="folder of the benchmarks (default: data)")
-    add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="of check (default: the eight)")
+    add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="for check (default: the eight)")
     add(
         "--mat",
-        help=f"of prepare-context: the .mat files (default: {MAT_FOLDER} beside JPEGImages)",
+        help=f"for prepare-context: the .mat files (default: {MAT_FOLDER} beside JPEGImages)",
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    args = p.parse_args(argv)
-    wrong = args.mat if args.command == "check" else args.datasets
-    if wrong or args.workers < 1:
-        p.error("--datasets goes with check, --mat with prepare-context, --workers is at least 1")
-    return args
+    return p.parse_args(argv)
 
 
 def main(args):
