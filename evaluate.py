@@ -192,8 +192,8 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
                 predictions = [with_background(value, index, t) for t in thresholds]
         scored = torch.from_numpy(label.astype(np.int64)).to(predictions[0].device)
         for matrix, prediction in zip(matrices, predictions, strict=True):
-            matrix += confusion(scored, prediction, n, benchmarks.IGNORE).cpu()
-        prediction = predictions[0].cpu().numpy().astype(np.uint8)
+            matrix += confusion(scored, prediction, n, max(benchmarks.IGNORE, n)).cpu()
+        prediction = predictions[0].cpu().numpy().astype(np.uint8 if n <= 256 else np.uint16)
         if args.save_predictions:
             save_prediction(args, dataset, image_id, prediction)
         if k in shown:
@@ -235,15 +235,18 @@ def prediction_path(folder, dataset, image_id):
 
 
 def save_prediction(args, dataset, image_id, prediction):
-    """A palette PNG of class indices."""
+    """A palette PNG of class indices; past 256 classes one of 16 bits, which has no palette."""
     picture = Image.fromarray(prediction)
-    picture.putpalette(np.ravel(dataset.palette).tolist())
+    if prediction.dtype == np.uint8:
+        picture.putpalette(np.ravel(dataset.palette).tolist())
     files.save_png(prediction_path(Path(args.out, "predictions"), dataset, image_id), picture)
 
 
 def read_prediction(args, dataset, image_id, shape):
     """Class indices int64 [h, w] of a method's label PNG; InputError when it does not fit."""
     path = prediction_path(args.predictions, dataset, image_id)
+    if dataset.name == "cityscapes" and not path.is_file():
+        path = path.parents[1] / path.name  # most tools write no folder for the city
     values = benchmarks.lookup_table(range(len(dataset.classes)), [])
     prediction = benchmarks.read_label(path, values)
     if prediction.shape != shape:

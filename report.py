@@ -269,7 +269,7 @@ def heat(values):
 
 def colour(indices, colours):
     """uint8 [h, w, 3] of class indices [h, w]; what has no colour (ignored) is white."""
-    table = np.full((256, 3), 255, dtype=np.uint8)
+    table = np.full((max(256, len(colours) + 1), 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours
     return table[indices]
 
@@ -315,7 +315,7 @@ def draw_names(picture, indices, names, size=14):
     step = max(indices.shape) // 128 + 1  # a coarser map is quick, and as good to find the place
     small, taken = indices[::step, ::step], np.zeros(indices.shape, bool)
     areas = np.bincount(small.ravel(), minlength=len(names))[: len(names)]
-    for k in areas.argsort()[::-1]:  # the largest first
+    for k in areas.argsort()[::-1][: np.count_nonzero(areas)]:  # the largest first
         place, depth = deepest(small == k)
         half = np.array([size, font(size).getlength(names[k]) + 4]) // 2  # height, width
         place = np.maximum(np.minimum(step * place, indices.shape - half), half)  # all inside
@@ -373,8 +373,8 @@ def write_sheet(path, dataset, pictures):
     for image, *maps in pictures:
         rows.append([fit(image, method=Image.Resampling.BILINEAR)])
         for indices in maps:
-            present |= set(np.unique(indices).tolist()) - {255}
-            indices = np.asarray(fit(indices.astype(np.uint8)))
+            present |= {*np.unique(indices).tolist()} & {*range(len(dataset.classes))}
+            indices = np.asarray(fit(indices.astype(np.int32)))
             rows[-1].append(Image.fromarray(colour(indices, dataset.palette)))
             draw_names(rows[-1][-1], indices, dataset.classes, 18)
     legend = [(dataset.classes[k], tuple(dataset.palette[k])) for k in sorted(present)]

@@ -431,6 +431,43 @@ def make_cityscapes(root, n=3):
             Image.fromarray(rng.integers(0, high, shape, dtype=np.uint8)).save(path)
 
 
+def test_predictions_of_cityscapes_are_found_without_the_folder_of_the_city(tmp_path):
+    make_cityscapes(tmp_path / "data", n=2)
+    found = benchmarks.read_set("cityscapes", str(tmp_path / "data"))
+    (tmp_path / "predictions/cityscapes").mkdir(parents=True)
+    for image_id, _, label, lut in found.items:
+        best = benchmarks.read_label(label, lut) % benchmarks.IGNORE  # the ignored are 0
+        name = f"{Path(image_id).name}.png"
+        Image.fromarray(best.astype(np.uint8)).save(tmp_path / "predictions/cityscapes" / name)
+    given = ("--data-root", tmp_path / "data", "--predictions", tmp_path / "predictions")
+    result = evaluated("--datasets", "cityscapes", *given, "--out", tmp_path / "out")
+    assert result["average"] == 100
+
+
+def test_more_classes_than_255_are_scored_saved_and_scored_again(world, tmp_path, capsys):
+    """Class 255 counts, what is not scored does not, and a label is its own best prediction."""
+    classes = [f"class {k}" for k in range(300)]
+    spec = make_set(tmp_path / "many", n=1, classes=classes)
+    stored = np.arange(300).reshape(10, 30).repeat(4, axis=1)
+    stored[0, :4] = 65_535
+    Image.fromarray(stored.astype(np.uint16)).save(tmp_path / "many/labels/0.png")
+    Image.new("RGB", (120, 10)).save(tmp_path / "many/images/0.png")
+    (tmp_path / "predictions/many").mkdir(parents=True)
+    best = np.where(stored == 65_535, 0, stored)
+    best[stored == 255] = 254
+    Image.fromarray(best.astype(np.uint16)).save(tmp_path / "predictions/many/0.png")
+    given = ("--datasets", spec, "--predictions", tmp_path / "predictions")
+    iou = evaluated(*given, "--out", tmp_path / "out")["datasets"]["many"]["iou"]
+    assert iou.pop("class 255") == 0 and iou.pop("class 254") == 50 and iou.pop("class 0") is None
+    assert set(iou.values()) == {100}
+    capsys.readouterr()
+    saved = evaluated("--datasets", spec, *world.maskclip, "--save-predictions", "--out", tmp_path)
+    assert "stored 65535 is not scored, no label holds 1 of 300 classes" in capsys.readouterr().err
+    assert Image.open(tmp_path / "predictions/many/0.png").mode == "I;16"
+    again = evaluated(*given, "--out", tmp_path / "again")
+    assert saved["datasets"]["many"]["iou"] == again["datasets"]["many"]["iou"]
+
+
 def test_a_partial_benchmark_is_marked_everywhere_and_scored_again_the_same(
     world, tmp_path, capsys, monkeypatch
 ):
