@@ -7,10 +7,12 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,6 +225,24 @@ def test_geometry_and_metric_can_be_copied_into_any_file():
     assert copy["mean_iou"](matrix) == 50 and copy["mean_iou"](matrix, [0, 2]) == 75
 
 
+def test_accuracies_are_those_of_plain_loops():
+    """Three counts of pixels; class 3 is never a label, class 4 never predicted."""
+    rng = np.random.default_rng(3)
+    labels, predictions = rng.integers(0, 5, (2, 400))
+    labels[labels == 3], predictions[predictions == 4] = 255, 0
+    matrix = evaluate.confusion(torch.tensor(labels), torch.tensor(predictions), 5)
+    pairs = [(a, b) for a, b in zip(labels.tolist(), predictions.tolist(), strict=True) if a < 255]
+    right, iou = sum(a == b for a, b in pairs), plain_iou(labels, predictions, 5)
+    each, weighted = [], 0
+    for k in range(5):
+        own = [b for a, b in pairs if a == k]
+        each += [own.count(k) / len(own)] if own else []
+        weighted += len(own) / len(pairs) * iou[k]
+    expected = [100 * right / len(pairs), 100 * sum(each) / len(each), weighted]
+    assert len(each) == 4 and evaluate.accuracies(matrix) == pytest.approx(expected, abs=1e-4)
+    assert evaluate.accuracies(torch.zeros(3, 3)) == [None, None, None]
+
+
 # ---- the command line ----
 
 
@@ -306,6 +326,128 @@ def test_the_result_is_that_of_the_saved_predictions(world, maskclip):
         )
         iou = json.loads((maskclip / "results.json").read_text())["datasets"][name]["iou"]
         assert list(iou.values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_accuracies_and_the_confusion_matrix_are_those_of_the_saved_predictions(world, maskclip):
+    results = json.loads((maskclip / "results.json").read_text())["datasets"]
+    for name, result in results.items():
+        matrix = np.load(maskclip / f"{name}.confusion.npy")
+        expected = np.zeros_like(matrix)
+        for image_id, _, label, lut in benchmarks.read_spec(
+            str(world.folder / name / "SPEC.json")
+        ).items:
+            found = np.array(Image.open(maskclip / "predictions" / name / f"{image_id}.png"))
+            stored = benchmarks.read_label(label, lut)
+            np.add.at(expected, (stored[stored != 255], found[stored != 255]), 1)
+        assert np.array_equal(matrix, expected)
+        hit, label = matrix.diagonal(), matrix.sum(1)
+        assert result["pixel_accuracy"] == pytest.approx(100 * hit.sum() / label.sum(), abs=1e-4)
+        assert result["mean_accuracy"] == pytest.approx(100 * (hit / label).mean(), abs=1e-4)
+        assert result["fw_iou"] == pytest.approx(
+            label @ [*result["iou"].values()] / label.sum(), abs=1e-3
+        )
+        rows = (maskclip / f"{name}.csv").read_text().splitlines()
+        assert rows[1].startswith(f"{next(iter(result['iou']))},") and len(rows) == len(label) + 1
+        assert (maskclip / f"{name}.confusion.png").is_file()
+
+
+def test_every_image_has_its_own_iou_and_the_worst_are_shown(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "WORST", 3)
+    sheets = {}
+    write = report.write_sheet
+    monkeypatch.setattr(
+        report,
+        "write_sheet",
+        lambda path, dataset, rows: (
+            sheets.update({Path(path).name: rows}) or write(path, dataset, rows)
+        ),
+    )
+    plain = world.sets[1]
+    evaluated("--datasets", plain, *world.maskclip, "--per-image", "--out", tmp_path)
+    rows = (tmp_path / "plain.images.csv").read_text().splitlines()
+    own = []
+    for image_id, _, label, lut in benchmarks.read_spec(plain).items:
+        found = np.array(Image.open(tmp_path / f"predictions/plain/{image_id}.png"))
+        iou = [v for v in plain_iou(benchmarks.read_label(label, lut), found, 3) if v == v]
+        own.append((round(sum(iou) / len(iou), 4), image_id, found))
+    own.sort(key=lambda entry: entry[0])
+    assert rows[0] == "image,miou" and rows[1:] == [f'"{name}",{iou}' for iou, name, _ in own]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said[:3]] == [name for _, name, _ in own[:3]]
+    for (_, _, prediction), (_, _, expected) in zip(
+        sheets["plain.worst.png"], own[:3], strict=True
+    ):
+        assert np.array_equal(prediction, expected)
+
+
+def test_the_templates_of_imagenet_are_clips_eighty():
+    templates = evaluate.read_templates("imagenet")
+    assert len(templates) == 80 and templates[0] == "a bad photo of a {}."
+    wanted = [template("moon") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert [template.replace("{}", "moon") for template in templates] == wanted
+
+
+def test_partial_classes_alone_are_the_other_reading_of_table_3(tmp_path, monkeypatch):
+    """Only they are prompts, and only their pixels are scored."""
+    classes = ["a", "b", "c", "d"]
+    lut = benchmarks.lookup_table(range(4))
+    label = np.array([[0, 1, 2, 3, 255, 1]], np.uint8)
+    Image.fromarray(label).save(tmp_path / "0.png")
+    items = [("0", str(tmp_path / "0.png"), str(tmp_path / "0.png"), lut)]
+    palette = [[k, k, k] for k in range(4)]
+    found = benchmarks.SegmentationSet("s", classes, False, items, palette, 1, ["d", "b"])
+    monkeypatch.setattr(benchmarks, "read_set", lambda *_: found)
+    args = evaluate.parse_args(["--datasets", "s", "--method", "clip", "--partial-only"])
+    (only,) = evaluate.read_sets(args)
+    assert only.prompts() == ["d", "b"] and only.palette == [[3, 3, 3], [1, 1, 1]]
+    stored = benchmarks.read_label(only.items[0][2], only.items[0][3])
+    assert stored.tolist() == [[255, 1, 255, 0, 255, 1]]
+    assert (only.items[0][3] == benchmarks.INVALID).tolist() == (lut == benchmarks.INVALID).tolist()
+    found.partial = []
+    with pytest.raises(files.InputError, match="Table 3 has no classes of s"):
+        evaluate.read_sets(args)
+
+
+def test_any_number_of_texts_has_the_best_of_all(monkeypatch):
+    """600 texts in groups of 256: the first of equal ones wins, as without groups."""
+    masks, seen = torch.rand(600, 5, 6), []
+    masks[300] = masks[3]
+
+    def masks_of(net, image, text, args):
+        seen.append(len(text))
+        return masks[text[:, 0].long()]
+
+    monkeypatch.setattr(evaluate, "segment_image", masks_of)
+    text = torch.arange(600.0)[:, None]
+    value, index = evaluate.best_text(None, None, text, options(), (9, 11))
+    expected = evaluate.best_class(masks, (9, 11))
+    assert torch.equal(value, expected[0]) and torch.equal(index, expected[1])
+    assert max(seen) <= 256
+    seen.clear()
+    evaluate.best_text(None, None, text, options(method="maskclip-refined"), (9, 11))
+    assert seen == [600]
+
+
+def test_masks_that_are_not_finite_end_the_run_in_one_line(world, tmp_path, monkeypatch, capsys):
+    masks = torch.rand(3, 8, 8)
+    masks[1, 2, 3] = math.nan
+    monkeypatch.setattr(evaluate, "segment_image", lambda *_: masks)
+    line = refusal(capsys, "--datasets", world.sets[1], *world.maskclip, "--out", tmp_path)
+    assert "0: masks are not finite; try --precision fp32" in line
+
+
+@pytest.mark.parametrize("flag", ["--pamr", "--no-pamr"])
+def test_the_papers_row_that_fits_the_runs_pamr_is_printed(tmp_path, capsys, monkeypatch, flag):
+    """With PAMR Table 1's; without it the row that later papers print."""
+    net = argparse.Namespace(clip=argparse.Namespace(source={}))
+    monkeypatch.setattr(evaluate, "prepare", lambda *_: ([], None, net, None))
+    evaluate.main(evaluate.parse_args(["--all", flag, "--out", str(tmp_path)]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    row = re.findall(r"\d+\.\d", line)
+    without = "51.2 24.3 30.4 77.5 30.3 19.6 23.1 14.9 33.9".split()
+    paper = [str(v) for v in report.TABLE_1["GCL"]]
+    assert row == (paper if flag == "--pamr" else without) and "average" in line
+    assert sum(map(float, without[:8])) / 8 == pytest.approx(33.9, abs=0.05)
 
 
 def test_predictions_can_be_scored_again_without_a_model(world, maskclip, tmp_path):
