@@ -64,11 +64,13 @@ class Recipe:
     norm: tuple
     # Paper silent: crop and flip alone; Release differs: RandAugment and random erasing too.
     strong_augmentation: bool
+    # The area prior's norm after the mean over ranks; Release differs: on each rank, before it.
+    area_per_rank: bool = False
 
 
 RECIPES = {
     "paper": Recipe("paper", False, None, True, CLIP_NORM, False),
-    "release": Recipe("release", True, 30_000, False, IMAGENET_NORM, True),
+    "release": Recipe("release", True, 30_000, False, IMAGENET_NORM, True, True),
 }
 
 
@@ -135,6 +137,7 @@ class GCL(nn.Module):
         self.adapter = Adapter(visual.conv1.out_channels)
         self.w = nn.Parameter(torch.tensor(10.0))  # Paper silent: start values; the release's
         self.b = nn.Parameter(torch.tensor(-2.5))
+        # Paper silent: whether the losses share it. One each, as the release.
         self.log_scale = nn.ParameterDict(
             {name: torch.tensor(math.log(1 / 0.07)) for name in LOSSES}
         )
@@ -192,7 +195,8 @@ class GCL(nn.Module):
     def dense_embedding(self, v_d):
         """V_s = F(V_d), then CLIP's ln_post and projection (or their trained copy), not normalised.
 
-        v_d: [B, D, H, W]. Returns [B, C, 4H, 4W].
+        v_d: [B, D, H, W]. Returns [B, C, 4H, 4W]. Release differs, we with it: the adapter comes
+        before ln_post and projection, so V_d is D wide where the paper has [B, L, C].
         """
         x = self.adapter(v_d).permute(0, 2, 3, 1)  # Eq. (4), [B, 4H, 4W, D]
         head = self.head or partial(backbone.project, self.clip.visual)
@@ -223,7 +227,9 @@ class GCL(nn.Module):
             if "gcl_v" in self.losses:
                 rows["gcl_v"] = rows["v_g"] @ t.T  # line 16, S^m of Eq. (6), [B, N]
             terms = {name: ops.info_nce(rows[name], self.log_scale[name]) for name in self.losses}
-            terms["area_pos"], terms["area_neg"] = ops.area_prior(rows["areas"], self.p_pos)
+            terms["area_pos"], terms["area_neg"] = ops.area_prior(
+                rows["areas"], self.p_pos, per_rank=self.recipe.area_per_rank
+            )
             terms["tv_mask"], terms["tv_dense"] = rows["tv_mask"].mean(), rows["tv_dense"].mean()
             self.mask_areas = ops.pair_areas(rows["areas"].detach())  # [2], of this rank, to log
         return terms
@@ -297,6 +303,7 @@ class GCL(nn.Module):
         v_s = full(self.dense_embedding(own))  # [B, C, 4H, 4W]
         with torch.autocast(images.device.type, enabled=False):
             mask = torch.sigmoid(self.mask_logits(normalize(v_s, dim=1), text))  # [B, K, 4H, 4W]
+            # Paper silent: which of the two comes first. Refinement, as the release.
             mask = backbone.refine_at_mask_size(refine, padded, mask)
             if kp_weight:
                 kp = self.preserved_masks(v_d, text, mask.shape[-2:])

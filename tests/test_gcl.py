@@ -701,6 +701,20 @@ def test_recipes_differ_as_the_readme_says():
     assert paper.norm == ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     assert release.norm == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (paper.strong_augmentation, release.strong_augmentation) == (False, True)
+    assert (paper.area_per_rank, release.area_per_rank) == (False, True)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_area_prior_takes_its_norm_where_the_recipe_says(tmp_path, monkeypatch, recipe):
+    seen, original = [], ops.area_prior
+
+    def record(areas, p_pos, per_rank):
+        seen.append((p_pos, per_rank))
+        return original(areas, p_pos, per_rank=per_rank)
+
+    monkeypatch.setattr(ops, "area_prior", record)
+    make_net(tmp_path, recipe, area_prior=0.3)(*make_batch())
+    assert seen == [(0.3, recipe == "release")]
 
 
 def test_unknown_losses_and_recipes_are_refused(tmp_path):
@@ -717,7 +731,9 @@ def test_autocast_keeps_masks_pooling_and_losses_in_float32(tmp_path, monkeypatc
     for name in ("masked_pool", "area_prior", "total_variation", "info_nce", "gumbel_sigmoid"):
         original = getattr(ops, name)
         monkeypatch.setattr(
-            ops, name, lambda x, *rest, f=original: seen.append(x.dtype) or f(x, *rest)
+            ops,
+            name,
+            lambda x, *rest, f=original, **more: seen.append(x.dtype) or f(x, *rest, **more),
         )
     full = net(images, tokens, noise)
     with torch.autocast("cpu", torch.bfloat16):
@@ -739,6 +755,41 @@ def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
             )
         assert half.dtype == torch.float32 and seen.pop() == {torch.float32}
         assert_close(half, full, rtol=0.1, atol=0.05)
+
+
+class RefuseMixedTypes(torch.overrides.TorchFunctionMode):
+    """What CUDA refuses and CPUs take: two float types in one product or norm without autocast."""
+
+    NAMES = {"layer_norm", "conv2d", "linear", "matmul", "__matmul__", "einsum"}
+    NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ in self.NAMES and not torch.is_autocast_enabled("cpu"):
+            tensors = filter(torch.is_tensor, [*args, *kwargs.values()])
+            kinds = {x.dtype for x in tensors if x.is_floating_point()}
+            assert len(kinds) == 1, (function.__name__, kinds)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe, micro_batch", [("paper", None), ("release", 2)])
+def test_a_step_and_a_segmentation_under_autocast_hold_no_mixed_types(
+    tmp_path, dtype, recipe, micro_batch
+):
+    net, (images, tokens) = make_net(tmp_path, recipe), make_batch()
+    net.set_trainable(30_000)
+    with RefuseMixedTypes():
+        with torch.autocast("cpu", dtype):
+            total = gcl.total_loss(net(images, tokens, micro_batch=micro_batch))
+        total.backward()
+        with torch.autocast("cpu", dtype):
+            text = net.encode_text(tokens)
+            net.segment(images, text, pamr)
+            for method in backbone.METHODS:
+                net.segment_clip(images, text, method, pamr)
+        with pytest.raises(AssertionError, match="einsum"):
+            backbone.cosines(net.clip.visual, torch.randn(1, 48, 2, 2), text.to(dtype))
 
 
 def test_double_precision_gives_the_same_losses_and_masks(tmp_path):

@@ -322,6 +322,9 @@ def on_rank(rank):
         **results,
         "positives": ops.positives(torch.zeros(3, 6)),
         "refused": torch.tensor(refused),
+        "per_rank": ops.area_prior(
+            area_masks()[rank * LOCAL : (rank + 1) * LOCAL].mean((2, 3)), per_rank=True
+        ),
     }
 
 
@@ -394,6 +397,8 @@ def test_area_prior_averages_over_ranks_before_the_norm(ranks):
     for r in ranks:
         exact(r["area"][0], value)  # the same on every rank
     assert sum(per_rank) / 2 > (0.4 - areas.mean()).abs() + 0.1
+    for r, own in zip(ranks, per_rank, strict=True):  # the release's
+        exact(r["per_rank"][0], own)
 
 
 def test_positives_of_each_rank_are_its_own_texts(ranks):
