@@ -107,12 +107,15 @@ def segment_image(net, image, text, args):
     image: uint8 [h0, w0, 3]. text: [K, C]. Returns float32 on the net's device, at the protocol's
     size of the image.
     """
-    norm = net.recipe.norm if args.method == "gcl" else gcl.CLIP_NORM
-    mean, std = torch.tensor(norm, device=text.device).view(2, 3, 1, 1)  # [3, 1, 1] each
-    x = torch.from_numpy(image).to(text.device).permute(2, 0, 1) / 255  # [3, h0, w0]
+    recipe = net.recipe if args.method == "gcl" else gcl.RECIPES["paper"]
+    mean, std = torch.tensor(recipe.norm, device=text.device).view(2, 3, 1, 1)  # [3, 1, 1] each
+    x = torch.from_numpy(image).to(text.device).permute(2, 0, 1).float()  # [3, h0, w0]
     size = resized(*image.shape[:2], args.short_side)
     # Paper silent: how images are resized. Bilinear without antialiasing, as the release.
-    x = backbone.resize(((x - mean) / std)[None], size)  # [1, 3, h, w]
+    x = backbone.resize(x[None], size)  # [1, 3, h, w]
+    if recipe.resize_bytes:  # Release differs: before the normalisation, and so rounded
+        x = x.round()
+    x = (x / 255 - mean) / std
     corners = windows(*size, args.window, args.stride)
     crops = torch.cat([x[..., y1:y2, x1:x2] for y1, y2, x1, x2 in corners])  # [windows, 3, ...]
     half, refine = PRECISIONS[args.precision], pamr.pamr if args.pamr else None

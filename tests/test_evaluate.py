@@ -3,6 +3,7 @@
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import json
 import math
@@ -16,7 +17,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, golden
+from conftest import GOLDEN, RELEASE, golden
 from PIL import Image
 from tiny import check_refused, make_clip, make_set, run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -737,6 +738,142 @@ def test_a_checkpoint_of_another_clip_is_named(world, tmp_path, capsys):
         assert word in line
 
 
+# ---- the authors' checkpoint, from files to mIoU ----
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """Flags of the golden checkpoint, whose tokenizer knows the golden prompts alone."""
+    tokens = golden("segment_A")["cls_tokens"]  # [5 classes, 3 templates, 16]
+
+    def tokenizer(prompts):
+        places = [tuple(map(int, prompt.split())) for prompt in prompts]
+        return torch.stack([tokens[k, j] for j, k in places])
+
+    monkeypatch.setattr(backbone, "tokenizer_of", lambda clip: tokenizer)
+    templates = tmp_path / "templates.txt"
+    templates.write_text("".join(f"{j} {{}}\n" for j in range(3)))
+    return ("--checkpoint", RELEASE, "--templates", templates, "--save-predictions")
+
+
+def write_set(folder, pictures, labels, background):
+    """SPEC.json of pictures uint8 [h, w, 3] and labels; the golden classes are called 0 to 4."""
+    classes = ["background"] * background + [str(k) for k in range(5)]
+    sizes = [picture.shape[1::-1] for picture in pictures]
+    spec = make_set(folder, len(pictures), background, sizes, classes=classes)
+    for k, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        Image.fromarray(picture).save(folder / f"images/{k}.png")
+        Image.fromarray(label.astype(np.uint8)).save(folder / f"labels/{k}.png")
+    return spec
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("refined", [0, 1])
+def test_pictures_of_the_golden_sizes_have_the_golden_labels(
+    release, tmp_path, monkeypatch, refined, background
+):
+    """The golden pictures are no bytes, so they are put in where files are read, unrounded.
+
+    One window, no resizing: what is left are normalisation, PAMR, knowledge preservation,
+    background, argmax and mIoU, the labels being the golden masks' own.
+    """
+    z, (mean, std) = golden("segment_A"), (np.array(v) for v in IMAGENET)
+    pixels = [(x.permute(1, 2, 0).numpy() * std + mean) * 255 for x in z["image"]]
+    masks = z[f"mask_pamr{refined}_kp0.3"]  # [2, 5, 61, 83]
+    front = torch.full_like(masks[:, :1], 0.4 if refined else 0.5)
+    channels = torch.cat([front, masks], 1) if background else masks
+    labels = channels.argmax(1).numpy()
+    if background:
+        assert np.array_equal(labels, z[f"labels_bg_pamr{refined}_kp0.3"])
+    spec = write_set(tmp_path / "golden", [np.zeros((61, 83, 3), np.uint8)] * 2, labels, background)
+    monkeypatch.setattr(evaluate, "read_item", lambda item: unrounded(item, pixels))
+    monkeypatch.setattr(report, "write_sheet", lambda *_: None)  # of bytes alone
+    recipe = dataclasses.replace(gcl.RECIPES["release"], resize_bytes=False)
+    monkeypatch.setitem(gcl.RECIPES, "release", recipe)
+    geometry = ("--short-side", 61, "--window", 90, "--stride", 90)
+    pamr_flag = "--pamr" if refined else "--no-pamr"
+    options = (*release, *geometry, pamr_flag, "--out", tmp_path / "out")
+    result = evaluated("--datasets", spec, *options)["datasets"]["golden"]
+    for k, label in enumerate(labels):
+        found = np.array(Image.open(tmp_path / f"out/predictions/golden/{k}.png"))
+        sure = (
+            channels[k].topk(2, 0).values
+        )  # a tie within the golden tolerance may fall either way
+        assert (found == label)[(sure[0] - sure[1] > 2e-4).numpy()].all()
+    assert result["miou"] > 99.5
+
+
+def unrounded(item, pixels):
+    image_id, _, label, lut = item
+    return image_id, pixels[int(image_id)].astype(np.float32), benchmarks.read_label(label, lut)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("refined", [False, True])
+def test_the_release_is_evaluated_as_a_few_plain_lines_do(release, tmp_path, refined, background):
+    """Two pictures whose sizes need resizing and windows; ImageNet's constants, bytes rounded."""
+    rng = np.random.default_rng(6)
+    pictures = [
+        np.array(Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(size, 3))
+        for size in ((90, 50), (64, 96))
+    ]
+    net, z = gcl.load(RELEASE), golden("segment_A")
+    text = F.normalize(z["text_embedding"], dim=-1)
+    threshold = 0.4 if refined else 0.5
+    # (h, w) for a shorter side of 64, and the windows of 64 every 32 along the longer one
+    geometry = [((64, 115), (0, 32, 51)), ((96, 64), (0, 32))]
+
+    def plain(norm):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in norm)
+        for picture, (size, starts) in zip(pictures, geometry, strict=True):
+            x = torch.tensor(picture).permute(2, 0, 1)[None].float()
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False).round()
+            x, total, count = (x / 255 - mean) / std, torch.zeros(5, *size), torch.zeros(size)
+            for start in starts:
+                place = slice(start, start + 64)
+                part = (..., place, slice(None)) if size[0] > 64 else (..., place)
+                total[part] += net.segment(x[part], text, pamr.pamr if refined else None, 0.3)[0]
+                count[part] += 1
+            masks = F.interpolate((total / count)[None], picture.shape[:2], mode="bilinear")[0]
+            front = torch.full_like(masks[:1], threshold)
+            yield torch.cat([front, masks]) if background else masks
+
+    expected, other = (list(plain(norm)) for norm in (IMAGENET, gcl.CLIP_NORM))
+    labels = [rng.integers(0, 5 + background, picture.shape[:2]) for picture in pictures]
+    spec = write_set(tmp_path / "set", pictures, labels, background)
+    sizes = ("--short-side", 64, "--window", 64, "--stride", 32)
+    options = (*sizes, "--pamr" if refined else "--no-pamr", "--out", tmp_path / "out")
+    result = evaluated("--datasets", spec, *release, *options)["datasets"]["set"]
+    found = [np.array(Image.open(tmp_path / f"out/predictions/set/{k}.png")) for k in range(2)]
+    for one, channels, wrong in zip(found, expected, other, strict=True):
+        high = channels.topk(2, 0).values
+        assert (one == channels.argmax(0).numpy())[(high[0] - high[1] > 1e-5).numpy()].all()
+        assert (one != wrong.argmax(0).numpy()).mean() > 0.01  # CLIP's constants would be seen
+    together = [np.concatenate([x.ravel() for x in maps]) for maps in (labels, found)]
+    iou = [v for v in plain_iou(*together, 5 + background) if v == v]
+    assert result["miou"] == pytest.approx(sum(iou) / len(iou), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_resized_pictures_are_rounded_to_bytes_by_the_release_alone(name):
+    seen, (mean, std) = [], (torch.tensor(v).view(3, 1, 1) for v in gcl.RECIPES[name].norm)
+
+    class Recorder(Brightness):
+        recipe = gcl.RECIPES[name]
+
+        def segment(self, images, *rest):
+            seen.append((images * std + mean) * 255)
+            return super().segment(images, *rest)
+
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    evaluate.segment_image(Recorder(), image, torch.zeros(3, 4), options())
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(seen[0], x.round() if name == "release" else x, rtol=0, atol=1e-3)
+
+
 # ---- report ----
 
 
@@ -774,6 +911,22 @@ def test_only_the_protocols_own_settings_are_the_protocol():
     ):
         args = evaluate.parse_args(whole + extra.split())
         assert evaluate.settings_of(args, clip)["unified_protocol"] is False
+
+
+def test_the_protocol_is_the_default_and_any_other_setting_is_said():
+    """Every flag that the protocol fixes has its value, and one other value leaves the protocol."""
+    net = argparse.Namespace(clip=argparse.Namespace(source={}))
+    args = evaluate.parse_args(["--all"])
+    fixed = {"short_side": 448, "window": 448, "stride": 224, "templates": "release"}
+    fixed |= {"kp_weight": 0.3, "bg_threshold": 0.4, "partial_only": False}
+    assert fixed | vars(args) == vars(args) and args.pamr and args.method == "gcl"
+    for name, value in fixed.items():
+        other = argparse.Namespace(**vars(args) | {name: not value})
+        assert evaluate.settings_of(other, net)["unified_protocol"] is False, name
+    settings = evaluate.settings_of(args, net)
+    assert settings["unified_protocol"] is True and fixed | settings == settings
+    results = {"settings": settings | {"unified_protocol": False}, "datasets": {}}
+    assert next(report.notes(results)).startswith("Outside the unified protocol")
 
 
 def test_a_run_on_a_benchmark_stands_beside_the_paper():
