@@ -11,7 +11,7 @@ The protocol: shorter side 448, windows of 448 with stride 224, masks averaged w
 overlap, resized to the label, argmax; a constant background channel where a set has background
 (0.4 with PAMR, 0.5 without); class names as they are, never "background" as a prompt; one
 confusion matrix per set. Fewer images than the whole set has give a result that is marked partial
-everywhere.
+everywhere. With --precision fp32 (the default) nothing is rounded to TF32.
 
 In the file's order: geometry and metric, which need numpy and torch alone; one image; one set;
 label PNGs; all that is checked before the long work; main. K classes that are prompts, n classes
@@ -19,12 +19,14 @@ of a set, h w pixels.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -85,6 +87,15 @@ def mean_iou(matrix, among=slice(None)):
     return None if mean.isnan() else round(mean.item(), 4)
 
 
+def accuracies(matrix):
+    """Pixel accuracy, mean accuracy over the classes of labels, and IoU weighted by how often a
+    class is a label, each in percent; None where no pixel is scored."""
+    hit, label = matrix.double().diag(), matrix.double().sum(1)  # [n] each, pixels
+    weighted = (iou_per_class(matrix).nan_to_num() * label).sum() / 100
+    values = hit.sum() / label.sum(), (hit / label).nanmean(), weighted / label.sum()
+    return [None if value.isnan() else round(100 * value.item(), 4) for value in values]
+
+
 # ---- one image ----
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,12 +107,15 @@ def segment_image(net, image, text, args):
     image: uint8 [h0, w0, 3]. text: [K, C]. Returns float32 on the net's device, at the protocol's
     size of the image.
     """
-    norm = net.recipe.norm if args.method == "gcl" else gcl.CLIP_NORM
-    mean, std = torch.tensor(norm, device=text.device).view(2, 3, 1, 1)  # [3, 1, 1] each
-    x = torch.from_numpy(image).to(text.device).permute(2, 0, 1) / 255  # [3, h0, w0]
+    recipe = net.recipe if args.method == "gcl" else gcl.RECIPES["paper"]
+    mean, std = torch.tensor(recipe.norm, device=text.device).view(2, 3, 1, 1)  # [3, 1, 1] each
+    x = torch.from_numpy(image).to(text.device).permute(2, 0, 1).float()  # [3, h0, w0]
     size = resized(*image.shape[:2], args.short_side)
     # Paper silent: how images are resized. Bilinear without antialiasing, as the release.
-    x = backbone.resize(((x - mean) / std)[None], size)  # [1, 3, h, w]
+    x = backbone.resize(x[None], size)  # [1, 3, h, w]
+    if recipe.resize_bytes:  # Release differs: before the normalisation, and so rounded
+        x = x.round()
+    x = (x / 255 - mean) / std
     corners = windows(*size, args.window, args.stride)
     crops = torch.cat([x[..., y1:y2, x1:x2] for y1, y2, x1, x2 in corners])  # [windows, 3, ...]
     half, refine = PRECISIONS[args.precision], pamr.pamr if args.pamr else None
@@ -131,6 +145,19 @@ def best_class(masks, size, chunk=16):
     return value, index
 
 
+def best_text(net, image, text, args, size):
+    """best_class of segment_image for texts [K, C] in groups, whose masks alone are held at once.
+
+    The refined MaskCLIP compares all texts with each other, so they are one group.
+    """
+    group = len(text) if args.method == "maskclip-refined" else 256
+    parts = text.split(group)
+    found = [best_class(segment_image(net, image, part, args), size) for part in parts]
+    values, indices = (torch.stack(x) for x in zip(*found, strict=True))  # [groups, *size]
+    value, best = values.max(0)
+    return value, indices.gather(0, best[None])[0] + best * group  # [1, *size] -> [*size]
+
+
 def with_background(value, index, threshold):
     """Labels under a constant channel in front: 0 where no class exceeds it, else 1 + class."""
     return torch.where(value > threshold, index + 1, 0)
@@ -138,54 +165,73 @@ def with_background(value, index, threshold):
 
 # ---- one set ----
 
+WORST = 20  # images of --per-image that are shown
 SWEEP = [k / 20 for k in range(1, 20)]  # thresholds of --sweep-threshold
 
 
 def read_item(item):
-    """(image id, image uint8 [h, w, 3], label int64 [h, w]), or the error of one of the files."""
+    """(image id, image uint8 [h, w, 3], label uint8 or uint16 [h, w]), or the InputError."""
     image_id, image, label, lut = item
     try:
-        return image_id, np.array(files.read_picture(image)), benchmarks.read_label(label, lut)
+        image, label = np.array(files.read_picture(image)), benchmarks.read_label(label, lut)
+        return image_id, image, label.astype(np.min_scalar_type(label.max()))
     except files.InputError as error:  # raised again by the main process, in one line
         return error
+
+
+def loaded(items, workers):
+    """read_item of each of the items, by loader processes that are ahead of the model.
+
+    They send arrays, through a pipe: tensors would go through /dev/shm, which Docker keeps small.
+    """
+    try:
+        yield from DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
+    except RuntimeError as error:  # of DataLoader alone, when a process of its own is gone
+        killed = "a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
+        raise files.InputError(killed) from error
 
 
 def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
     """One set on this rank, then the sum over ranks.
 
-    Returns its entry of results.json, and example images for the picture sheet.
+    Returns its entry of results.json, and what is drawn: the confusion matrix, example pictures
+    (image, label, prediction), and with --per-image (mIoU, image id) of all images.
     """
-    started, n, pictures = time.perf_counter(), len(dataset.classes), []
+    started, n, pictures, images = time.perf_counter(), len(dataset.classes), [], []
     if net:
         prompts, templates = dataset.prompts(), read_templates(args.templates)
         text = net.encode_classes(prompts, tokenizer, templates)  # [K, C]
     sweep = SWEEP if args.sweep_threshold and dataset.background else []
     matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)  # the result's, the sweep's
-    mine = range(rank, len(dataset), ranks)  # dealt out without padding: every image counts once
-    # Arrays, unlike tensors, leave a loader process through a pipe: Docker's /dev/shm is small.
-    loader = DataLoader(dataset.items, None, False, mine, None, args.workers, read_item)
+    mine = dataset.items[rank::ranks]  # dealt out without padding: every image counts once
     shown = np.linspace(0, len(mine) - 1, report.ROWS).astype(int)  # of rank 0's images
-    for k, item in enumerate(tqdm(loader, dataset.name, disable=rank > 0)):
+    bar = tqdm(loaded(mine, args.workers), dataset.name, len(mine), disable=rank > 0)
+    for k, item in enumerate(bar):
         if isinstance(item, files.InputError):
             raise item
         image_id, image, label = item
         if args.predictions:
-            predictions = [read_prediction(args, dataset, image_id, label.shape)]
+            found = read_prediction(args, dataset, image_id, label.shape)
+            predictions = [torch.from_numpy(found)]
         else:
-            masks = segment_image(net, image, text, args)  # [K, h', w'], the protocol's size
-            value, index = best_class(masks, label.shape)  # [h, w], the label's size
+            value, index = best_text(net, image, text, args, label.shape)  # [h, w]
+            if not value.isfinite().all():
+                raise files.InputError(f"{image_id}: masks are not finite; try --precision fp32")
             predictions = [index]
             if dataset.background:
                 thresholds = args.bg_threshold, *sweep
                 predictions = [with_background(value, index, t) for t in thresholds]
-        scored = torch.from_numpy(label).to(predictions[0].device)
+        scored = torch.from_numpy(label.astype(np.int64)).to(predictions[0].device)
         for matrix, prediction in zip(matrices, predictions, strict=True):
-            matrix += confusion(scored, prediction, n).cpu()
-        prediction = predictions[0].cpu().numpy().astype(np.uint8)
-        if args.save_predictions:
+            matrix += confusion(scored, prediction, n, max(benchmarks.IGNORE, n)).cpu()
+        prediction = predictions[0].cpu().numpy().astype(np.uint8 if n <= 256 else np.uint16)
+        if args.save_predictions or args.per_image and net:
             save_prediction(args, dataset, image_id, prediction)
         if k in shown:
             pictures.append((image, label, prediction))
+        if args.per_image:
+            own = confusion(scored, predictions[0], n, max(benchmarks.IGNORE, n))
+            images.append((mean_iou(own), image_id))
     if ranks > 1:
         matrices = matrices.to(device if dist.get_backend() == "nccl" else "cpu")
         try:
@@ -193,15 +239,22 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
         except RuntimeError as error:
             gone = "another rank is gone, see its message: " + files.first_line(error)
             raise files.InputError(gone) from error
-    return summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started), pictures
+        if args.per_image:
+            everyone = [None] * ranks
+            dist.all_gather_object(everyone, images)
+            images = sum(everyone, [])
+    result = summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started)
+    return result, (matrices[0].cpu(), pictures, images)
 
 
 def summary(dataset, matrices, sweep, seconds):
     """The entry of results.json: percent, None where a class does not occur."""
     iou = zip(dataset.classes, iou_per_class(matrices[0]).tolist(), strict=True)
     partial = [dataset.classes.index(name) for name in dataset.partial]
+    names = "pixel_accuracy", "mean_accuracy", "fw_iou"
     result = {
         "miou": mean_iou(matrices[0]),
+        **dict(zip(names, accuracies(matrices[0]), strict=True)),
         "images": len(dataset),
         "full": dataset.full,
         "partial": len(dataset) != (dataset.full or len(dataset)),
@@ -215,6 +268,23 @@ def summary(dataset, matrices, sweep, seconds):
     return result
 
 
+def draw(args, dataset, matrix, pictures, images):
+    """All files of one set that are not its numbers."""
+    out = Path(args.out, dataset.name)
+    report.write_sheet(f"{out}.png", dataset, pictures)
+    report.write_confusion(args.out, dataset.name, matrix.numpy(), dataset.classes)
+    if args.per_image:
+        images = sorted(entry for entry in images if entry[0] is not None)  # the worst first
+        rows = [f'"{image_id}",{iou}\n' for iou, image_id in images]
+        files.write_text(f"{out}.images.csv", "".join(["image,miou\n", *rows]))
+        items, worst = {item[0]: item for item in dataset.items}, []
+        for iou, image_id in images[:WORST]:
+            print(f"{iou:7.1f}  {files.printable(image_id)}")
+            _, image, label = read_item(items[image_id])
+            worst.append((image, label, read_prediction(args, dataset, image_id, label.shape)))
+        report.write_sheet(f"{out}.worst.png", dataset, worst)
+
+
 # ---- label PNGs of any method: DIR/<dataset>/<image id>.png ----
 
 
@@ -223,21 +293,25 @@ def prediction_path(folder, dataset, image_id):
 
 
 def save_prediction(args, dataset, image_id, prediction):
-    """A palette PNG of class indices."""
+    """A palette PNG of class indices; past 256 classes one of 16 bits, which has no palette."""
     picture = Image.fromarray(prediction)
-    picture.putpalette(np.ravel(dataset.palette).tolist())
+    if prediction.dtype == np.uint8:
+        picture.putpalette(np.ravel(dataset.palette).tolist())
     files.save_png(prediction_path(Path(args.out, "predictions"), dataset, image_id), picture)
 
 
 def read_prediction(args, dataset, image_id, shape):
-    """Class indices int64 [h, w] of a method's label PNG; InputError when it does not fit."""
-    path = prediction_path(args.predictions, dataset, image_id)
+    """Class indices int64 [h, w] of a method's label PNG, or of what save_prediction wrote."""
+    folder = args.predictions or Path(args.out, "predictions")
+    path = prediction_path(folder, dataset, image_id)
+    if dataset.name == "cityscapes" and not path.is_file():
+        path = path.parents[1] / path.name  # most tools write no folder for the city
     values = benchmarks.lookup_table(range(len(dataset.classes)), [])
     prediction = benchmarks.read_label(path, values)
     if prediction.shape != shape:
         sizes = f"the prediction is {prediction.shape}, the label {shape} (height, width)"
         raise files.InputError(f"{path}: {sizes}")
-    return torch.from_numpy(prediction)
+    return prediction
 
 
 # ---- before the long work: the command line, sets and model ----
@@ -253,6 +327,7 @@ a photo of the small {}.
 a photo of many {}.
 a photo of {}s.""".splitlines(),
     "simple": ["a photo of a {}."],
+    "imagenet": [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES],  # CLIP's 80
 }
 PROTOCOL = {  # the same for all sets and methods; kp_weight is of the method gcl (Appendix A)
     "short_side": 448,
@@ -260,7 +335,10 @@ PROTOCOL = {  # the same for all sets and methods; kp_weight is of the method gc
     "stride": 224,
     "templates": "release",
     "kp_weight": 0.3,
+    "partial_only": False,
 }
+# GCL without PAMR, as TLH-CLIP and DeCLIP print it, from one source; its average is their own.
+WITHOUT_PAMR = (51.2, 24.3, 30.4, 77.5, 30.3, 19.6, 23.1, 14.9, 33.9)
 
 
 def background_threshold(refined):
@@ -293,7 +371,10 @@ def parse_args(argv=None):
     add("--window", type=int, help="side of the sliding window, 448 (paper silent)")
     add("--stride", type=int, help="step of the sliding window, 224 (paper silent)")
     add("--kp-weight", type=float, help="of gcl: knowledge preservation, 0.3 (Appendix A)")
-    add("--templates", help="release, simple, or a file: a prompt a line, {} for the name")
+    add("--templates", help="release, simple, imagenet, or a file: a prompt a line, {} for names")
+    alone = "Table 3's classes are the only prompts, and no other is scored"
+    add("--partial-only", action="store_true", help=alone)
+    add("--per-image", action="store_true", help="mIoU of every image, a sheet of the worst 20")
     add("--limit", type=int, metavar="N", help="the first N images of each set: partial results")
     add("--predictions", help="folder of any method's <dataset>/<image id>.png; needs no model")
     add("--save-predictions", action="store_true", help="label PNGs, to OUT/predictions")
@@ -347,11 +428,31 @@ def read_sets(args):
     for dataset in sets:
         dataset.full = dataset.full or len(dataset)
         dataset.items = dataset.items[: args.limit]
-    return sets
+    return [partial_set(dataset) for dataset in sets] if args.partial_only else sets
+
+
+def partial_set(dataset):
+    """The set with Table 3's classes alone: other labels are not scored."""
+    if not dataset.partial:
+        raise files.InputError(f"--partial-only: Table 3 has no classes of {dataset.name}")
+    kept = [dataset.classes.index(name) for name in dataset.partial]
+    table = np.full(257, benchmarks.IGNORE, np.int16)  # of class indices and IGNORE
+    table[kept], table[benchmarks.INVALID] = range(len(kept)), benchmarks.INVALID  # its last
+    return dataclasses.replace(
+        dataset,
+        classes=[dataset.classes[k] for k in kept],
+        palette=[dataset.palette[k] for k in kept],
+        items=[(*item, table[lut]) for *item, lut in dataset.items],
+    )
 
 
 def load_model(args, device):
-    """(net, tokenizer); an untrained GCL around CLIP for the methods that use CLIP alone."""
+    """(net, tokenizer); an untrained GCL around CLIP for the methods that use CLIP alone.
+
+    Turns TF32 off, for products and convolutions: what is float32 stays so, on GPUs too.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if args.method != "gcl":
         clip = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
         net = gcl.GCL(gcl.load_clip(*clip, device)[0]).eval()
@@ -419,17 +520,21 @@ def main(args):
     sets, device, net, tokenizer = prepare(args, rank, ranks)
     results = {"average": None, "partial": True, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
-        result, pictures = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
+        result, drawn = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
         results["datasets"][dataset.name] = result
         totals(results, len(benchmarks.BENCHMARKS if args.all else sets))
         if rank == 0:  # after every set: a later one that fails loses nothing
-            report.write_sheet(Path(args.out, f"{dataset.name}.png"), dataset, pictures)
+            draw(args, dataset, *drawn)
             report.write_results(args.out, results)
             images = "partial: " * result["partial"] + f"{len(dataset)} of {dataset.full} images"
             print(f"{dataset.name}: mIoU {report.number(result['miou'])} ({images})", flush=True)
     if rank == 0:
         average = report.number(results["average"]) + " (partial)" * results["partial"]
         print(f"{args.out}/results.md: average mIoU {average}")
+        if args.method == "gcl" and not args.predictions and args.all:
+            row = report.TABLE_1["GCL"] if args.pamr else WITHOUT_PAMR
+            said = zip((*report.COLUMNS, "average"), row, strict=True)
+            print("the paper's GCL:", ", ".join(f"{name} {value}" for name, value in said))
     if ranks > 1:
         dist.destroy_process_group()
 

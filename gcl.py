@@ -66,11 +66,13 @@ class Recipe:
     strong_augmentation: bool
     # The area prior's norm after the mean over ranks; Release differs: on each rank, before it.
     area_per_rank: bool = False
+    # Evaluation's pictures are resized as floats; Release differs: as bytes, so rounded.
+    resize_bytes: bool = False
 
 
 RECIPES = {
     "paper": Recipe("paper", False, None, True, CLIP_NORM, False),
-    "release": Recipe("release", True, 30_000, False, IMAGENET_NORM, True, True),
+    "release": Recipe("release", True, 30_000, False, IMAGENET_NORM, True, True, True),
 }
 
 
