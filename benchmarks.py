@@ -65,8 +65,7 @@ def numbers(text):
 
 def colours(text):
     """[[r, g, b], ...] of six hexadecimal digits per colour."""
-    flat = np.frombuffer(bytes.fromhex(text), np.uint8)
-    return flat.reshape(-1, 3).tolist()  # [3 n] -> [n, 3]
+    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 3).tolist()  # [3 n] -> [n, 3]
 
 
 def voc_palette(n):
@@ -416,13 +415,12 @@ def read_list(path):
     ids = Counter(line.strip() for line in files.read_text(path).splitlines() if line.strip())
     if not ids:
         raise InputError(f"{path}: holds no image ids")
-    first, times = ids.most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path}: holds {first} twice")
-    for i in ids:
+    for i, times in ids.items():
         plain = PureWindowsPath(i)  # knows both slashes, and drives
         if plain.anchor or ".." in plain.parts or plain.as_posix() != i:
             raise InputError(f"{path}: {i[:99]!r} is no image id; a plain path below the folder is")
+        if times > 1:
+            raise InputError(f"{path}: holds {i} twice")
     return list(ids)
 
 
@@ -631,7 +629,7 @@ def check_sets(names, data_root, workers=1):
 MAT_FOLDER = "trainval"  # as trainval.tar.gz unpacks
 MAT_TYPES = " bBhHiIf d  qQ"  # numpy's letter of each number type, by the format's own number
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
-MAT_ODD = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}  # kinds of matrix
+MAT_ODD = dict(enumerate("cell struct object char sparse".split(), start=1))  # kinds of matrix
 MAT_BYTES = 64 << 20  # of a file, unpacked; nothing is packed twice, so it is below 1,032 times too
 
 
