@@ -369,10 +369,10 @@ def sheet(rows, titles=(), legend=(), heading="", side=CELL, size=14):
     return canvas.crop((0, 0, width, y + (line + GAP) * bool(legend)))
 
 
-def write_sheet(path, dataset, pictures):
+def write_sheet(path, dataset, pictures, note=""):
     """A PNG of rows image / label / prediction with names, and a legend.
 
-    pictures: (image uint8 [h, w, 3], label [h, w], prediction [h, w]).
+    pictures: (image uint8 [h, w, 3], label [h, w], prediction [h, w]). note: words for the heading.
     """
     rows, present = [], set()
     for image, *maps in pictures:
@@ -383,7 +383,7 @@ def write_sheet(path, dataset, pictures):
             rows[-1].append(Image.fromarray(colour(indices, dataset.palette)))
             draw_names(rows[-1][-1], indices, dataset.classes, 18)
     legend = [(dataset.classes[k], tuple(dataset.palette[k])) for k in sorted(present)]
-    top = heading(dataset.name, {"images": len(dataset), "full": dataset.full})
+    top = heading(dataset.name, {"images": len(dataset), "full": dataset.full}) + note
     titles = ["image", "label (white: ignored)", "prediction"]
     files.save_png(path, sheet(rows, titles, legend, top, size=18))
 

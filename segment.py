@@ -42,7 +42,7 @@ import report
 SUFFIXES = sorted(k for k, v in Image.registered_extensions().items() if v in files.FORMATS)
 MAX_PIXELS, MAX_ASPECT = 50_000_000, 100
 MAX_TEXTS = 254  # a label PNG has 256 values, and 255 means ignored
-VIEW = 640, 1600  # pixels of the longer side of overlays and heat maps, at least and at most
+VIEW = 1024  # pixels of the longer side of overlays and heat maps
 
 
 # ---- masks ------------------------------------------------------------------------------------
@@ -143,8 +143,8 @@ def segment_image(net, image, texts, background=None, **settings):
 
 def grey_view(image):
     """A PIL picture as it is looked at: grey, since all colours are then labels."""
-    side = min(max(*image.shape[:2], VIEW[0]), VIEW[1])
-    return report.fit(Image.fromarray(image).convert("L"), side).convert("RGB")
+    grey = Image.fromarray(image).convert("L").convert("RGB")
+    return report.fit(grey, VIEW, Image.Resampling.BICUBIC)
 
 
 def draw_overlay(image, labels, texts, background=True, note=""):
