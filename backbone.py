@@ -247,27 +247,31 @@ def refine_at_mask_size(refine, images, mask):
 
 # ---- loading ----
 
-# Of a folder as the Hugging Face hub has it.
+# A folder of the Hugging Face hub has one of these.
 FOLDER = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-NOT_WEIGHTS = {  # what stands near the start of files that are often taken for weights
-    b"version https://git-lfs": "a Git LFS pointer, not the weights; git lfs pull fetches them",
-    b"<html": "a web page, not the weights; download them again",
-    b"<!doctype": "a web page, not the weights; download them again",
-}
+NOT_WEIGHTS = (  # how files begin that are often taken for weights
+    (rb"^$", "an empty file"),
+    (rb"git-lfs", "a Git LFS pointer, not the weights; git lfs pull fetches them"),
+    (rb"<html|<!doctype", "a web page, not the weights; download them again"),
+    (rb'^.{8}\{"', "safetensors; its name has to end in .safetensors"),
+)
 PREFIX = r"^((module|_orig_mod|model)\.)+"  # of DistributedDataParallel, torch.compile, wrappers
 # OpenAI's archive and transformers have these beside the weights.
 BESIDE = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 
 
 def pick_device(name=None):
-    """torch.device of a name, or the best there is; under torchrun, CUDA takes LOCAL_RANK. Raises
-    InputError."""
-    best = next((k for k in ("cuda", "mps") if getattr(torch, k).is_available()), "cpu")
-    name = name or best
+    """torch.device of a name, or the best there is; under torchrun, CUDA takes LOCAL_RANK.
+
+    Raises InputError.
+    """
+    name = name or next((k for k in ("cuda", "mps") if getattr(torch, k).is_available()), "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: no such device; choose cuda, mps or cpu") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise InputError(f"--device {name}: no such device; choose cuda, mps or cpu")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         found = torch.cuda.device_count()
@@ -275,7 +279,7 @@ def pick_device(name=None):
             raise InputError(f"--device {name}: GPU {index} is asked for, {found} found")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not torch.mps.is_available():
         raise InputError(f"--device {name}: not available on this machine")
     return device
 
@@ -289,33 +293,31 @@ def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
     corrected, and said on stderr: plain ViT-B-16 with OpenAI's weights would otherwise run GELU
     where they were trained with QuickGELU. Raises InputError.
     """
-    config = clip_config(model)
-    path = find_weights(model, pretrained)
+    config, path = clip_config(model), find_weights(model, pretrained)
     state, quick = read_weights(path) if path else (None, None)
     tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
     if tag and not os.path.exists(str(pretrained)):
-        quick = bool(tag.get("quick_gelu", False))
-    own = config.get("quick_gelu", False)
+        quick = tag.get("quick_gelu", False)
+    has = config.get("quick_gelu", False)
+    told = None
     if path is None:
-        print(f"warning: {model} with random weights (pretrained=None)", file=sys.stderr)
-    elif quick not in (None, own):
-        what = f"{pretrained} needs quick_gelu={quick}: corrected in the config of {model}"
-        print(f"warning: {what}", file=sys.stderr)
+        told = f"warning: {model} with random weights (pretrained=None)"
+    elif quick not in (None, has):
         config["quick_gelu"] = quick
+        told = f"warning: {pretrained} needs quick_gelu={quick}: corrected in the config of {model}"
     elif quick is None and str(model) in open_clip.list_models():  # not a config of one's own
         # LAION's weights under the default model would run QuickGELU, and nothing would tell.
-        what = f"does not tell its activation: {'QuickGELU' if own else 'GELU'}, as {model} has it"
-        print(f"note: {path} {what} (names with -quickgelu have QuickGELU)", file=sys.stderr)
+        told = f"note: {path} does not tell its activation: quick_gelu={has}, as {model} has it"
+        told += "; names of models end in -quickgelu or do not"
+    if told:
+        print(told, file=sys.stderr)
     clip = build_clip(config, state, path)
-
-    def whole(name):  # path, so that a checkpoint finds its CLIP from any folder
-        return os.path.abspath(name) if os.path.exists(name) else str(name)
-
-    clip.source = {
-        "model": None if isinstance(model, dict) else whole(model),
-        "pretrained": pretrained and whole(pretrained),
-        "config": config,
-    }
+    # Whole paths, so that a checkpoint finds its CLIP from any folder.
+    names = {"model": None if isinstance(model, dict) else model, "pretrained": pretrained}
+    for name, value in names.items():
+        if value is not None:
+            names[name] = os.path.abspath(value) if os.path.exists(value) else str(value)
+    clip.source = {**names, "config": config}
     return clip.to(device), tokenizer_of(clip)
 
 
@@ -349,15 +351,15 @@ def build_clip(config, state=None, path=None):
 def check_vit(clip):
     """InputError unless this open_clip model has the plain ViT whose last block can be taken
     apart."""
-    visual = getattr(clip, "visual", None)
-    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if not (
-        blocks is not None
-        and type(blocks[-1]) is open_clip.transformer.ResidualAttentionBlock
-        and visual.attn_pool is None
-        and visual.pool_type == "tok"
-        and not visual.final_ln_after_pool
-    ):
+    visual = clip.visual
+    try:
+        plain = (
+            type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
+        )
+        plain = plain and (visual.pool_type, visual.attn_pool) == ("tok", None)
+    except AttributeError:  # a ResNet, a model of timm
+        plain = False
+    if not plain or visual.final_ln_after_pool:
         what = "GCL needs a plain ViT with class token, as ViT-B-16-quickgelu"
         raise InputError(f"{type(visual).__name__}: {what}")
 
@@ -380,20 +382,11 @@ def clip_config(model):
         near = ", ".join(difflib.get_close_matches(str(model), names))
         what = "neither a name that open_clip knows nor a .json file"
         raise InputError(f"--model {model}: {what}{near and '; near: '}{near}")
-    towers = (
-        [config.get(f"{name}_cfg") for name in ("vision", "text")]
-        if isinstance(config, dict)
-        else [None]
-    )
-    plain = (
-        all(isinstance(tower, dict) for tower in towers)
-        and "embed_dim" in config
-        and not {"custom_text", "multimodal_cfg"} & config.keys()
-        # Those build models of other libraries, and fetch them from the network.
-        and not any(key.startswith(("timm_", "hf_")) for tower in towers for key in tower)
-    )
-    if not plain:
-        what = "not a plain CLIP config (embed_dim, vision_cfg, text_cfg)"
+    needed = {"embed_dim", "vision_cfg", "text_cfg"}
+    # The others build models of other libraries, and fetch them from the network.
+    other = re.search("timm_|hf_|custom_text|multimodal_cfg", repr(config))
+    if other or not isinstance(config, dict) or not needed <= config.keys():
+        what = f"not a plain CLIP config ({', '.join(sorted(needed))} and no other library's)"
         raise InputError(f"--model {model}: {what}")
     return config
 
@@ -409,8 +402,8 @@ def find_weights(model, pretrained):
     hint = "give a local file: --pretrained FILE (state dict, OpenAI's archive or safetensors)"
     tag = open_clip.get_pretrained_cfg(str(model), str(pretrained))
     if not tag:
-        what = f"no folder with {FOLDER[0]}" if os.path.isdir(pretrained) else "no such file"
-        raise InputError(f"--pretrained {pretrained}: {what}, and no tag of {model}; {hint}")
+        what = f"no such file, and no tag of {model}, nor a folder with {FOLDER[0]}"
+        raise InputError(f"--pretrained {pretrained}: {what}; {hint}")
     try:
         return open_clip.download_pretrained(tag)
     except Exception as error:  # every hub client has its own errors; the cause is kept
@@ -439,15 +432,13 @@ def read_file(path, verify=False):
         raise InputError(f"{path}: {what}")
     try:
         with open(path, "rb") as file:
-            head = file.read(40).lower()
-        if not head:
-            raise InputError(f"{path}: an empty file")
-        if what := next((text for start, text in NOT_WEIGHTS.items() if start in head), None):
-            raise InputError(f"{path}: {what}")
-        if str(path).endswith(".safetensors"):
+            head = file.read(40)
+        named = str(path).endswith(".safetensors")
+        for start, what in NOT_WEIGHTS[: 3 if named else 4]:
+            if re.search(start, head, re.DOTALL | re.IGNORECASE):
+                raise InputError(f"{path}: {what}")
+        if named:
             return open_clip.factory.load_state_dict(str(path))
-        if head[8:10] == b'{"':  # after the length of this header
-            raise InputError(f"{path}: safetensors; its name has to end in .safetensors")
         if not zipfile.is_zipfile(path):  # torch's format until 2020
             return torch.load(path, map_location="cpu", weights_only=True)
         with tensors_alone(path, verify) as file:

@@ -5,8 +5,10 @@ Whatever a user can mend is an InputError, and command() turns it into one line 
 exit code. Needs numpy, pillow and tqdm.
 """
 
+import argparse
 import contextlib
 import io
+import math
 import multiprocessing
 import os
 import secrets
@@ -16,6 +18,7 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +80,48 @@ def command(main, args):
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
         return 128 + (stop.args or (signal.SIGINT,))[0]
+
+
+# ---- flags and signals ----
+
+
+def count(text, least=1):
+    """A whole number for argparse, from 1 to 2^31."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text!r}")
+    return value
+
+
+def count_or_zero(text):
+    """A whole number for argparse, from 0 to 2^31."""
+    return count(text, least=0)
+
+
+def number(text, least, most=math.inf, open_end=False):
+    """A finite number for argparse within bounds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (least <= value <= most and math.isfinite(value)) or (open_end and value == least):
+        raise argparse.ArgumentTypeError(f"must lie between {least} and {most:g}, not {text!r}")
+    return value
+
+
+weight = partial(number, least=0)
+share = partial(number, least=0, most=1)
+positive = partial(number, least=0, open_end=True)
+
+
+def ignore_signals(_=None):
+    """For processes of a loader: a signal to the whole group stops the run, which then ends them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- pictures and texts in ----

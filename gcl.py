@@ -83,8 +83,9 @@ def total_loss(losses, weights=None):
     (row CL of Table 2) takes the weight of the GCL losses.
     """
     weights = WEIGHTS | (weights or {})
-    group = {"gcl_v": "gcl", "gcl_f": "gcl", "cl": "gcl", "area_pos": "area", "area_neg": "area"}
-    return sum(weights[group.get(name, "tv")] * term for name, term in losses.items())  # Eq. (12)
+    weights["cl"] = weights["gcl"]
+    group = {name: name.split("_")[0] for name in losses}  # gcl_v: gcl, area_pos: area, ...
+    return sum(weights[group[name]] * term for name, term in losses.items())  # Eq. (12)
 
 
 def in_slices(function, size, inputs, dim=0):
@@ -169,7 +170,7 @@ class GCL(nn.Module):
     @property
     def last_block(self):
         """The block that makes dense features: CLIP's own, or its trained copy (release recipe)."""
-        return self.block if self.block is not None else self.clip.visual.transformer.resblocks[-1]
+        return self.block or self.clip.visual.transformer.resblocks[-1]
 
     # ---- encoders ----
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Trains GCL from image-text pairs alone. The defaults are the paper's run (Sec. 4.1): CC3M + CC12M, batch 1024.
+"""Trains GCL from image-text pairs alone. The defaults are the paper's run: CC3M + CC12M, batch
+1024.
 
-    torchrun --nproc_per_node=8 train.py                                   # one node with 8 GPUs
-    python train.py --micro-batch 64                                       # the same batch on one GPU, or on the CPU
-    torchrun --nproc_per_node=8 train.py --batch-size 512 --steps 40000 --warmup-steps 10000    # Table 2's schedule
-    python train.py --measure-area-prior                                   # p+ of Sec. 3.3 on these pairs, no training
+    torchrun --nproc_per_node=8 train.py                # one node with 8 GPUs (Sec. 4.1)
+    python train.py --micro-batch 64                    # the same batch on one GPU, or on the CPU
+    torchrun --nproc_per_node=8 train.py --batch-size 512 --steps 40000 --warmup-steps 10000
+                                                        # the schedule of Table 2
+    python train.py --measure-area-prior                # p+ of Sec. 3.3 on these pairs, no training
 
-Writes --out (runs/gcl): last.pt (a checkpoint for evaluate.py, and for --resume), previous.pt (the one before),
-log.jsonl, loss.png, samples.png, config.json, and with --eval best.pt. SIGTERM and Ctrl-C write last.pt first.
+Writes --out (runs/gcl): last.pt (a checkpoint for evaluate.py, and for --resume), previous.pt (the
+one before), log.jsonl, loss.png, samples.png, config.json, and with --eval best.pt. SIGTERM and
+Ctrl-C write last.pt first. Float32 products are TF32 on GPUs that have it, the rest bfloat16
+(--precision).
 """
 
 import argparse
@@ -18,7 +22,9 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,245 +46,139 @@ import evaluate
 import files
 import gcl
 import report
+import winograd
+from files import InputError, count, count_or_zero, positive, share, weight
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 STOP = (signal.SIGINT, signal.SIGTERM)
-CHECKPOINTS = (
-    "next.pt",
-    "last.pt",
-    "previous.pt",
-)  # the newest first; next.pt exists while two files are renamed
+# the newest first; next.pt is about to be last.pt
+CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")
+
+
+SHARDS = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
+FLAGS = {  # name: (kind, default, help with the section of the paper)
+    "model": (str, "ViT-B-16-quickgelu", "open_clip name or config .json (Sec. 4.1: ViT-B/16)"),
+    "pretrained": (str, "openai", "open_clip tag, or a local weights file"),
+    "lambda-gcl": (weight, 0.1, "weight of the contrastive losses (Sec. 4.1)"),
+    "lambda-area": (weight, 0.4, "weight of the area prior (Sec. 4.1)"),
+    "lambda-tv": (weight, 1.0, "weight of the smooth prior (Sec. 4.1)"),
+    "area-prior": (share, 0.4, "p+, expected area of a positive mask (Sec. 3.3)"),
+    "batch-size": (count, 1024, "global batch, shared out among the ranks (Sec. 4.1)"),
+    "micro-batch": (count, None, "images of a rank at a time, to bound memory; the same result"),
+    "lr": (positive, 7.5e-5, "peak learning rate (Sec. 4.1)"),
+    "min-lr": (positive, 1e-5, "learning rate at the end of the cosine (paper silent)"),
+    "scalar-lr-mult": (positive, 1.0, "factor for gates, w, b, temperatures; for very short runs"),
+    "weight-decay": (weight, 0.05, "AdamW's, on weight matrices alone (Sec. 4.1)"),
+    "steps": (count, 50_000, "optimiser steps (Sec. 4.1)"),
+    "warmup-steps": (count_or_zero, 15_000, "linear warm-up (Sec. 4.1)"),
+    "clip-grad": (positive, 5.0, "largest gradient norm (paper silent)"),
+    "image-size": (count, None, "training crop in pixels; default: the CLIP's own, 224 (Sec. 4.1)"),
+    "workers": (count_or_zero, 4, "loader processes per rank"),
+    "seed": (count_or_zero, 0, "order of the data, augmentation, gumbel noise, adapter's start"),
+    "out": (str, "runs/gcl", "folder for checkpoints and logs"),
+    "resume": (str, "auto", "go on from the newest whole checkpoint in OUT; never; or a file"),
+    "save-every": (count, 1000, "steps between checkpoints, and pictures"),
+    "log-every": (count, 50, "steps between log lines"),
+    "eval-every": (count, 5000, "steps between evaluations of --eval"),
+    "max-bad": (share, 0.1, "stop when a larger share of samples than this is unusable"),
+    "timeout": (count, 1800, "seconds to wait for another rank in a step"),
+    "device": (str, None, "cuda, mps or cpu; default: the best there is"),
+}
 
 
 def parse_args(argv=None):
     """The command line; values that cannot be end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(p)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--data", nargs="+", default=SHARDS, help="files, globs, {000..331} (Sec. 4.1)")
+    text = "the paper's text, or the authors' release"
+    p.add_argument("--recipe", choices=list(gcl.RECIPES), default="paper", help=text)
+    text, two = "Sec. 3.3; rows of Table 2a", ["gcl_v", "gcl_f"]
+    p.add_argument("--losses", nargs="+", choices=gcl.LOSSES, default=two, help=text)
+    text = "sets to evaluate as it goes (no PAMR), for best.pt"
+    p.add_argument("--eval", nargs="+", metavar="NAME|SPEC.json", help=text)
+    text = "print MaskCLIP's mean positive mask area over N pairs, then end: p+ (Sec. 3.3)"
+    p.add_argument("--measure-area-prior", type=count, nargs="?", const=10_000, help=text)
+    kinds = ["auto", "fp32", "bf16", "fp16"]
+    text = "auto: bf16 (or fp16) on CUDA, else fp32"
+    p.add_argument("--precision", choices=kinds, default="auto", help=text)
+    for name, (kind, default, text) in FLAGS.items():
+        p.add_argument(f"--{name}", type=kind, default=default, help=text)
     args = p.parse_args(argv)
+    args.rank, args.ranks = rank_of(p)
     if wrong := complaint(args):
         p.error(wrong)
     return args
 
 
-def add_flags(p):
-    """Every flag, with its section of the paper."""
-    add = p.add_argument
-    shards = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
-    add(
-        "--data",
-        nargs="+",
-        default=shards,
-        help="tar shards: files, globs, {000..331} ranges (Sec. 4.1: CC3M, CC12M)",
-    )
-    add(
-        "--model",
-        default="ViT-B-16-quickgelu",
-        help="open_clip name or model-config .json (Sec. 4.1: CLIP ViT-B/16)",
-    )
-    add("--pretrained", default="openai", help="open_clip tag, or a local weights file")
-    add(
-        "--recipe",
-        choices=list(gcl.RECIPES),
-        default="paper",
-        help="the paper's text, or the authors' release",
-    )
-    add(
-        "--losses",
-        nargs="+",
-        choices=gcl.LOSSES,
-        default=["gcl_v", "gcl_f"],
-        help="Sec. 3.3; rows of Table 2a",
-    )
-    add("--lambda-gcl", type=float, default=0.1, help="weight of the contrastive losses (Sec. 4.1)")
-    add("--lambda-area", type=float, default=0.4, help="weight of the area prior (Sec. 4.1)")
-    add("--lambda-tv", type=float, default=1.0, help="weight of the smooth prior (Sec. 4.1)")
-    add(
-        "--area-prior",
-        type=float,
-        default=0.4,
-        help="p+, expected area of a positive mask (Sec. 3.3)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        default=1024,
-        help="global batch, shared out among the ranks (Sec. 4.1)",
-    )
-    add(
-        "--micro-batch",
-        type=int,
-        metavar="M",
-        help="images of a rank at a time, to bound memory; the same result",
-    )
-    add("--lr", type=float, default=7.5e-5, help="peak learning rate (Sec. 4.1)")
-    add(
-        "--min-lr",
-        type=float,
-        default=1e-5,
-        help="learning rate at the end of the cosine (paper silent)",
-    )
-    add(
-        "--scalar-lr-mult",
-        type=float,
-        default=1.0,
-        help="factor for gates, w, b, temperatures; for very short runs",
-    )
-    add(
-        "--weight-decay",
-        type=float,
-        default=0.05,
-        help="AdamW's, on weight matrices alone (Sec. 4.1)",
-    )
-    add("--steps", type=int, default=50_000, help="optimiser steps (Sec. 4.1)")
-    add("--warmup-steps", type=int, default=15_000, help="linear warm-up (Sec. 4.1)")
-    add("--clip-grad", type=float, default=5.0, help="largest gradient norm (paper silent)")
-    add(
-        "--image-size",
-        type=int,
-        help="training crop in pixels; default: the CLIP's own, 224 for ViT-B/16 (Sec. 4.1)",
-    )
-    add("--workers", type=int, default=4, help="loader processes per rank")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="order of the data, augmentation, gumbel noise, adapter's start",
-    )
-    add("--out", default="runs/gcl", help="folder for checkpoints and logs")
-    add(
-        "--resume",
-        default="auto",
-        help="auto: go on from the newest whole checkpoint in OUT; never; or a file",
-    )
-    add("--save-every", type=int, default=1000, help="steps between checkpoints, and pictures")
-    add("--log-every", type=int, default=50, help="steps between log lines")
-    add(
-        "--eval",
-        nargs="+",
-        metavar="NAME|SPEC.json",
-        help="sets to evaluate as it goes (no PAMR), for best.pt",
-    )
-    add("--eval-every", type=int, default=5000, help="steps between evaluations of --eval")
-    add(
-        "--max-bad",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="stop when more samples than this are unusable",
-    )
-    add(
-        "--timeout",
-        type=int,
-        default=1800,
-        metavar="SECONDS",
-        help="longest wait for another rank in a step",
-    )
-    area = "print MaskCLIP's mean positive mask area over N pairs, then end: p+ (Sec. 3.3)"
-    add("--measure-area-prior", type=int, nargs="?", const=10_000, metavar="N", help=area)
-    add("--device", help="cuda, mps or cpu; default: the best there is")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="auto: bf16 (or fp16) on CUDA",
-    )
+def rank_of(p):
+    """(rank, ranks) as torchrun says it in the environment; (0, 1) without it."""
+    try:
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        rank, ranks = 0, 0
+    if not 0 <= rank < ranks or (ranks > 1 and "MASTER_ADDR" not in os.environ):
+        names = "RANK, WORLD_SIZE and MASTER_ADDR"
+        p.error(f"{names} do not go together; start several ranks by torchrun")
+    return rank, ranks
 
 
 def complaint(args):
-    """What is wrong with the values of the flags, or None."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    counts = (
-        "save_every",
-        "log_every",
-        "eval_every",
-        "timeout",
-        "micro_batch",
-        "image_size",
-        "measure_area_prior",
-    )
-    low = [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]
-    weights = (
-        args.seed,
-        args.workers,
-        args.weight_decay,
-        args.lambda_gcl,
-        args.lambda_area,
-        args.lambda_tv,
-    )
-    checks = (
-        (
-            args.batch_size < 1 or args.batch_size % ranks,
-            f"--batch-size {args.batch_size} is not divisible by the {ranks} ranks",
-        ),
-        (
-            not 0 <= args.warmup_steps <= args.steps or args.steps < 1,
-            f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps} (at least 1)",
-        ),
-        (low, f"--{low[0].replace('_', '-') if low else ''} must be at least 1"),
-        (
-            not all(weight >= 0 for weight in weights),
-            "--seed, --workers, --weight-decay and the --lambda flags cannot be negative",
-        ),
-        (
-            not (args.clip_grad > 0 and args.scalar_lr_mult > 0),
-            "--clip-grad and --scalar-lr-mult must be above 0",
-        ),
-        (not 0 <= args.area_prior <= 1, f"--area-prior {args.area_prior} must lie between 0 and 1"),
-        (args.seed >= 2**32, f"--seed {args.seed} must be below 2^32"),
-        (not 0 <= args.max_bad <= 1, f"--max-bad {args.max_bad} must lie between 0 and 1"),
-        (
-            os.path.exists(args.out) and not os.path.isdir(args.out),
-            f"--out {args.out}: is a file, not a folder",
-        ),
-        (
-            not 0 < args.min_lr <= args.lr,
-            f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}",
-        ),
-    )
-    return next((words for wrong, words in checks if wrong), None)
+    """What is wrong with the values of the flags together, or None."""
+    if args.batch_size % args.ranks:
+        return f"--batch-size {args.batch_size} is not divisible by the {args.ranks} ranks"
+    if args.warmup_steps > args.steps:
+        return f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps}"
+    if args.min_lr > args.lr:
+        return f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}"
+    if args.measure_area_prior and args.ranks > 1:
+        return "--measure-area-prior takes one process"
+    return f"--out {args.out}: is a file, not a folder" if os.path.isfile(args.out) else None
+
+
+# ---- what a run is made of ----
 
 
 def precision_of(args, device):
-    """(autocast dtype or None, GradScaler): float16 needs its loss scaled, bfloat16 and float32 do not."""
+    """(autocast dtype or None, GradScaler): float16 needs its loss scaled, the others do not."""
     name = args.precision
     if name == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+        cuda = device.type == "cuda"
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp16" if cuda else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def autocast(run):
+    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None)
 
 
 def build_optimizer(net, args):
     """AdamW over all trained parameters, those that are unfrozen later too.
 
-    Release differs: it also decays its scalars (gates, w, b, temperatures); here matrices and kernels alone decay.
+    Release differs: it also decays its scalars (gates, w, b, temperatures); here matrices and
+    kernels alone decay.
     """
-    groups = {"matrix": [], "vector": [], "scalar": []}
+    groups = [
+        {"params": [], "weight_decay": 0.0, "lr_mult": args.scalar_lr_mult},  # scalars
+        {"params": [], "weight_decay": 0.0, "lr_mult": 1.0},  # vectors
+        {"params": [], "weight_decay": args.weight_decay, "lr_mult": 1.0},  # matrices and kernels
+    ]
     for name, parameter in net.named_parameters():
         if not name.startswith("clip."):
-            groups[("scalar", "vector")[parameter.ndim] if parameter.ndim < 2 else "matrix"].append(
-                parameter
-            )
-    return torch.optim.AdamW(
-        [
-            {"params": groups["matrix"], "weight_decay": args.weight_decay, "lr_mult": 1.0},
-            {"params": groups["vector"], "weight_decay": 0.0, "lr_mult": 1.0},
-            {"params": groups["scalar"], "weight_decay": 0.0, "lr_mult": args.scalar_lr_mult},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.999),
-        eps=1e-6,  # Paper silent: the release's
-    )
+            groups[min(parameter.ndim, 2)]["params"].append(parameter)
+    # Paper silent: betas and eps; the release's.
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-6)
 
 
 def learning_rate(step, args):
-    """Linear warm-up from 1e-4 of the peak, then a cosine down to min_lr (Sec. 4.1; Paper silent: both ends)."""
+    """Linear warm-up from 1e-4 of the peak, a cosine down to min_lr (Paper silent: both ends)."""
     if step < args.warmup_steps:
         return args.lr * (1e-4 + (1 - 1e-4) * step / args.warmup_steps)
     progress = (step - args.warmup_steps) / max(args.steps - args.warmup_steps, 1)
@@ -286,12 +186,10 @@ def learning_rate(step, args):
 
 
 def build_pairs(args, net, tokenizer):
-    """The image-text pairs at the size of training: image [3, h, w], tokens [context], noise [1, H, W], bad."""
+    """The image-text pairs: image [3, h, w], tokens [context], noise [1, H, W], bad [reasons]."""
     size = args.image_size or max(net.clip.visual.image_size)
     if size % net.patch:
-        raise files.InputError(
-            f"--image-size {size} is not a multiple of this CLIP's patch, {net.patch}"
-        )
+        raise InputError(f"--image-size {size} is not a multiple of this CLIP's patch, {net.patch}")
     mask_size = (4 * size // net.patch,) * 2  # the adapter's grid
     transform = data.train_transform(size, net.recipe.norm, net.recipe.strong_augmentation)
     shards = data.expand_shards(args.data)
@@ -299,169 +197,176 @@ def build_pairs(args, net, tokenizer):
 
 
 def batches(run, args, batch_size, steps, start=0):
-    """Iterator over this rank's batches from a step on: images [B, 3, h, w], tokens, noise [B, 1, H, W], bad."""
-    order = data.GlobalOrder(
-        len(run.pairs), batch_size, steps, args.seed, start, run.rank, run.ranks
-    )
-    pin = run.device.type == "cuda"
-    with held_signals():
-        return iter(
-            DataLoader(run.pairs, batch_sampler=order, num_workers=args.workers, pin_memory=pin)
-        )
-
-
-# ---- start, resume, checkpoints -------------------------------------------------------------------------------------
-
-SAME_RUN = (
-    "data",
-    "recipe",
-    "losses",
-    "lambda_gcl",
-    "lambda_area",
-    "lambda_tv",
-    "area_prior",
-    "batch_size",
-    "lr",
-)
-SAME_RUN += (
-    "min_lr",
-    "scalar_lr_mult",
-    "weight_decay",
-    "steps",
-    "warmup_steps",
-    "clip_grad",
-    "image_size",
-    "seed",
-)
-
-
-def newest_checkpoint(args):
-    """(path, checkpoint) that --resume names, or None for a fresh start; an older one where the newest is broken."""
-    if args.resume != "auto":
-        return (
-            None
-            if args.resume == "never"
-            else (Path(args.resume), gcl.read_checkpoint(args.resume))
-        )
-    there = [path for name in CHECKPOINTS if (path := Path(args.out, name)).is_file()]
-    for path in there:
-        try:
-            return path, gcl.read_checkpoint(path)
-        except files.InputError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {error}; looking for an older one", file=sys.stderr)
-    if there:
-        raise files.InputError(
-            f"{there[0]}: no checkpoint here can be read; --resume never starts over"
-        )
-    return None
-
-
-def restore(run, args):
-    """Takes up the checkpoint that --resume names: sets run.start and run.progress, 0 and zeros for a fresh start."""
-    run.start, run.progress = (
-        0,
-        {"skipped": 0, "in_a_row": 0, "bad": [0] * len(data.REASONS), "best": None},
-    )
-    found = None if args.measure_area_prior else newest_checkpoint(args)
-    if found is None:
-        return
-    path, checkpoint = found
-    if not {"optimizer", "scaler", "step", "args", "progress", "pairs"} <= checkpoint.keys():
-        raise files.InputError(f"{path}: has no optimiser state, so training cannot go on from it")
-    for name in SAME_RUN:
-        if checkpoint["args"].get(name) != getattr(args, name):
-            flag = f"--{name.replace('_', '-')} {checkpoint['args'].get(name)}"
-            raise files.InputError(
-                f"{path}: was trained with {flag}; give the same, or another --out"
-            )
-    if checkpoint["pairs"] != run.pairs.fingerprint():
-        now = f"--data now has {len(run.pairs):,} pairs whose places in the shards differ"
-        raise files.InputError(
-            f"{path}: was trained on other pairs, {now}; give the same shards, or another --out"
-        )
-    gcl.restore(run.net, checkpoint, path)
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:  # empty unless the run was in float16
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    run.start, run.progress = checkpoint["step"], checkpoint["progress"]
-
-
-def save(run, done, args):
-    """last.pt for step done, and the one before as previous.pt: at any moment a whole one is there."""
-    out = Path(args.out)
-    state = {
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "args": vars(args),
-    }
-    run.net.save(
-        out / "next.pt", step=done, progress=run.progress, pairs=run.pairs.fingerprint(), **state
-    )
-    if (out / "last.pt").exists():
-        os.replace(out / "last.pt", out / "previous.pt")
-    os.replace(out / "next.pt", out / "last.pt")
+    """Iterator over this rank's batches from a step on: images [B, 3, h, w], tokens, noise, bad."""
+    where = (run.rank, run.ranks)
+    order = data.GlobalOrder(len(run.pairs), batch_size, steps, args.seed, start, *where)
+    how = {"num_workers": args.workers, "pin_memory": run.device.type == "cuda"}
+    how["worker_init_fn"] = files.ignore_signals
+    return iter(DataLoader(run.pairs, batch_sampler=order, **how))
 
 
 def wrap(net, device, ranks):
     """net under DistributedDataParallel where there are several ranks.
 
-    Wrapped again when the release recipe unfreezes its last block, since DDP reduces only what was trainable when it
-    was built. Release differs: it unfreezes later than it wraps, so those gradients are never reduced across ranks.
+    Wrapped again when the release recipe unfreezes its last block, since DDP reduces only what was
+    trainable when it was built. Release differs: it unfreezes later than it wraps, so those
+    gradients are never reduced across ranks.
     """
     if ranks == 1:
         return net
-    return DistributedDataParallel(
-        net, device_ids=[device.index] if device.type == "cuda" else None
-    )
+    return DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+
+
+# ---- checkpoints: what a run goes on from ----
+
+SAME_RUN = (
+    "recipe losses lambda_gcl lambda_area lambda_tv area_prior batch_size lr min_lr scalar_lr_mult"
+    " weight_decay steps warmup_steps clip_grad image_size seed"
+).split()
+
+
+def newest_checkpoint(args):
+    """(path, checkpoint) that --resume names, the newest that is whole; None for a fresh start."""
+    if args.resume != "auto":
+        never = args.resume == "never"
+        return None if never else (Path(args.resume), gcl.read_checkpoint(args.resume))
+    there = [path for name in CHECKPOINTS if (path := Path(args.out, name)).is_file()]
+    for path in there:
+        try:
+            return path, gcl.read_checkpoint(path)
+        except InputError as error:
+            if args.rank == 0:
+                print(f"warning: {error}; looking for an older one", file=sys.stderr)
+    if there:
+        what = "no checkpoint here can be read; --resume never starts over"
+        raise InputError(f"{there[0]}: {what}")
+    return None
+
+
+def restore(run, args):
+    """Takes up the checkpoint that --resume names: sets run.start and run.progress."""
+    run.start, run.unfinished = 0, False
+    run.progress = {"skipped": 0, "in_a_row": 0, "bad": [0] * len(data.REASONS)}
+    run.progress |= {"best": None, "evaluated": 0}
+    found = None if args.measure_area_prior else newest_checkpoint(args)
+    if found is None:
+        return
+    path, checkpoint = found
+    if not {"optimizer", "scaler", "step", "args", "progress", "pairs"} <= checkpoint.keys():
+        raise InputError(f"{path}: has no optimiser state, so training cannot go on from it")
+    before, step = checkpoint["args"], checkpoint["step"]
+    for name in SAME_RUN:
+        if before.get(name) != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} {before.get(name)}"
+            raise InputError(f"{path}: was trained with {flag}; give the same, or another --out")
+    if checkpoint["pairs"] != run.pairs.fingerprint():
+        now = f"--data now has {len(run.pairs):,} pairs whose places in the shards differ"
+        hint = "give the same shards, or another --out"
+        raise InputError(f"{path}: was trained on other pairs, {now}; {hint}")
+    if not isinstance(step, int) or not 0 <= step <= args.steps:
+        raise InputError(f"{path}: says step {step} of {args.steps}; give another --out")
+    gcl.restore(run.net, checkpoint, path)
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"]:  # empty unless the run was in float16
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.start, run.unfinished = step, path.name == "next.pt"
+    run.progress |= checkpoint["progress"]
+    changed = [
+        name
+        for name in ("ranks", "micro_batch", "precision")
+        if before.get(name) != getattr(args, name)
+    ]
+    if changed and args.rank == 0:
+        words = ", ".join(f"{name} {before.get(name)} -> {getattr(args, name)}" for name in changed)
+        print(f"note: {words}: the run goes on, but not to the same bits", file=sys.stderr)
+
+
+def save(run, done, args):
+    """last.pt for step done, previous.pt the one before: at any moment a whole one is there."""
+    state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    state |= {"args": vars(args), "pairs": run.pairs.fingerprint()}
+    run.net.save(Path(args.out, "next.pt"), step=done, progress=run.progress, **state)
+    rename_next(Path(args.out))
+
+
+def rename_next(out):
+    """next.pt becomes last.pt, whose copy is previous.pt; after a kill, once more."""
+    if (out / "last.pt").exists():
+        files.write_whole(out / "previous.pt", lambda file: shutil.copyfile(out / "last.pt", file))
+    os.replace(out / "next.pt", out / "last.pt")
+
+
+def lock(out):
+    """OUT for this process alone, however it ends; InputError names the process that has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a+")  # open as long as the run
+    try:
+        if fcntl:  # the system frees it when a process dies
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        raise InputError(f"--out {out}: in use by {owner}; wait, or end it") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+# ---- start ----
 
 
 def join(run, args):
-    """The process group of all ranks, once all of them are there with the same pairs and the same step to start from.
+    """The process group of all ranks, once all are there with the same pairs and first step.
 
-    Nobody waits for another's scan of the shards in a collective, whose timeout would be too short, but at the store.
+    Nobody waits for another's scan of the shards in a collective, whose timeout would be too short,
+    but at the store. A restart by torchrun has keys of its own, so that it never reads those of the
+    first.
     """
-    pairs = f"{len(run.pairs)} pairs ({run.pairs.fingerprint()[:8]})"
-    mine, keys = f"step {run.start} of {pairs}", [f"start/{rank}" for rank in range(run.ranks)]
+    mine = f"step {run.start} of {len(run.pairs)} pairs ({run.pairs.fingerprint()[:8]})"
+    keys = [f"start/{rank}" for rank in range(run.ranks)]
     try:
         store, _, _ = next(dist.rendezvous("env://", run.rank, run.ranks))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         store.set(keys[run.rank], mine)
         store.wait(keys, timedelta(days=1))
-    except RuntimeError as error:
-        raise files.InputError(
-            f"not all {run.ranks} ranks have started ({files.first_line(error)})"
-        ) from error
-    for rank, key in enumerate(keys):
-        if (other := store.get(key).decode()) != mine:
-            words = f"rank {run.rank} would start at {mine}, rank {rank} at {other}"
-            raise files.InputError(f"{words}; all nodes need the same --data and a shared --out")
+    except (RuntimeError, ValueError) as error:
+        what = f"not all {run.ranks} ranks have started ({files.first_line(error)})"
+        raise InputError(what) from error
+    starts = [store.get(key).decode() for key in keys]
+    if len(set(starts)) > 1:
+        words = f"rank {run.rank} would start at {mine}, others at {max(set(starts) - {mine})}"
+        raise InputError(f"{words}; all nodes need the same --data and a shared --out")
     backend, wait = "nccl" if run.device.type == "cuda" else "gloo", timedelta(seconds=args.timeout)
-    dist.init_process_group(backend, store=store, rank=run.rank, world_size=run.ranks, timeout=wait)
+    dist.init_process_group(backend, None, wait, run.ranks, run.rank, store)
 
 
 def start_run(args):
-    """All that stands before the first step, as a namespace; nothing is written before all of it has succeeded."""
+    """All that stands before the first step, as a namespace; before it nothing is written."""
     data.expand_shards(args.data)
-    rank, ranks = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    run = SimpleNamespace(
-        rank=rank, ranks=ranks, device=backbone.pick_device(args.device), signals=[]
-    )
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    run = SimpleNamespace(rank=args.rank, ranks=args.ranks, signals=[], evaluating=False)
+    run.device, run.launcher = backbone.pick_device(args.device), os.getppid()
     torch.manual_seed(args.seed)
     clip, run.tokenizer = gcl.load_clip(args.model, args.pretrained, run.device)
     if run.tokenizer.vocab_size > clip.vocab_size:
-        raise files.InputError(
-            f"--model {args.model}: its vocabulary is smaller than CLIP's tokenizer needs"
-        )
+        what = "its vocabulary is smaller than CLIP's tokenizer needs"
+        raise InputError(f"--model {args.model}: {what}")
     run.net = gcl.GCL(clip, args.recipe, args.losses, args.area_prior).train()
+    if run.device.type == "cpu":
+        winograd.use(run.net)
     run.optimizer = build_optimizer(run.net, args)
     run.dtype, run.scaler = precision_of(args, run.device)
-    read_eval_sets(run, args)
+    run.sets = read_eval_sets(run, args)
     run.pairs = build_pairs(args, run.net, run.tokenizer)
+    if len(run.pairs) < args.batch_size and args.rank == 0:
+        what = "a pair is then its own negative"
+        print(f"warning: {len(run.pairs)} pairs, fewer than --batch-size: {what}", file=sys.stderr)
     restore(run, args)
     run.net.set_trainable(run.start)
-    if ranks > 1:
+    if run.rank == 0 and not args.measure_area_prior:
+        run.lock = lock(Path(args.out))
+    if run.ranks > 1:
         join(run, args)
     return run
 
@@ -476,79 +381,32 @@ def git_commit():
 
 
 def begin_logs(run, args):
-    """config.json, and log.jsonl cut back to the step that the run goes on from."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("*.pt.*.tmp"):  # of a kill during a write
+    """Finishes what a kill has left: renames, temporary files, log lines beyond the checkpoint."""
+    out, log = Path(args.out), Path(args.out, "log.jsonl")
+    for leftover in out.glob("*.tmp"):
         leftover.unlink()
     if args.resume == "never":  # or a later --resume auto would go on with the old run
         for name in (*CHECKPOINTS, "best.pt"):
             (out / name).unlink(missing_ok=True)
-    facts = {
-        "ranks": run.ranks,
-        "pairs": len(run.pairs),
-        "commit": git_commit(),
-        "python": platform.python_version(),
-    }
-    facts |= {
-        name: version(name)
-        for name in ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
-    }
-    old = (
-        (out / "log.jsonl").read_text().splitlines()
-        if run.start and (out / "log.jsonl").is_file()
-        else []
-    )
-    kept = [line for line in old if report.log_step(line) <= run.start]
-    config = json.dumps(vars(args) | facts, indent=1)
-    for name, lines in (("config.json", [config]), ("log.jsonl", kept)):
-        (out / (name + ".tmp")).write_text("".join(line + "\n" for line in lines))
-        os.replace(out / (name + ".tmp"), out / name)
+    if run.unfinished:
+        rename_next(out)
+    lines = log.read_text(errors="replace").splitlines() if run.start and log.is_file() else []
+    # An evaluation that the checkpoint does not know is made again.
+    until = {True: run.progress["evaluated"], False: run.start}
+    kept = [line for line in lines if report.log_step(line) <= until['"miou"' in line]]
+    files.write_text(log, "".join(line + "\n" for line in kept))
+    facts = {"ranks": run.ranks, "pairs": len(run.pairs), "commit": git_commit()}
+    facts |= {"python": platform.python_version()}
+    packages = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow")
+    facts |= {name: version(name) for name in packages}
+    files.write_text(out / "config.json", json.dumps(vars(args) | facts, indent=1) + "\n")
     trained = sum(p.numel() for p in run.net.parameters() if p.requires_grad)
-    what = f"{len(run.pairs):,} pairs, {trained:,} trained parameters, {run.ranks} rank(s) on {run.device}"
-    print(f"{what}, {run.dtype or torch.float32}, steps {run.start} to {args.steps}", flush=True)
+    what = f"{len(run.pairs):,} pairs, {trained:,} trained parameters, {run.ranks} rank(s) on"
+    steps = f"steps {run.start} to {args.steps}"
+    print(f"{what} {run.device}, {run.dtype or torch.float32}, {steps}", flush=True)
 
 
-# ---- one step -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def held_signals():
-    """Processes that start inside never see SIGINT and SIGTERM: one sent to the whole group stops the run, not them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def caught_signals(seen):
-    """SIGINT and SIGTERM only add themselves to the list seen; the loop looks there after every step."""
-    before = {
-        number: signal.signal(number, lambda caught, _: seen.append(caught)) for number in STOP
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def no_loaders_left():
-    """After an error, kills the loader processes: Python ends what is left by SIGTERM, which they do not see."""
-    try:
-        yield
-    finally:
-        left = multiprocessing.active_children()
-        if left and hasattr(signal, "SIGCHLD"):  # on which torch would say that a loader has died
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for process in left:
-            process.kill()
+# ---- one step ----
 
 
 def weights_of(args):
@@ -556,8 +414,8 @@ def weights_of(args):
 
 
 def gradients(model, batch, run, args):
-    """Forward and backward pass. Returns (loss terms without a graph, gradient norm before it was clipped)."""
-    with torch.autocast(batch[0].device.type, run.dtype, enabled=run.dtype is not None):
+    """Forward and backward pass: (loss terms without a graph, gradient norm before clipping)."""
+    with autocast(run):
         losses = model(*batch, micro_batch=args.micro_batch)
         loss = gcl.total_loss(losses, weights_of(args))
     run.optimizer.zero_grad(set_to_none=True)
@@ -567,191 +425,149 @@ def gradients(model, batch, run, args):
     return {name: value.detach() for name, value in losses.items()}, norm
 
 
-def over_ranks(losses, norm, areas, counts, ranks):
-    """Means of terms, norm and areas, sums of counts, over all ranks by one small all_reduce: plain numbers."""
-    values = torch.stack([*losses.values(), norm, *areas]).float()
-    values = torch.cat([values, counts.to(values)])
-    if ranks > 1:
-        dist.all_reduce(values)
-    *means, norm, pos, neg = (value / ranks for value in values[: len(losses) + 3].tolist())
-    terms = dict(sorted(zip(losses, means, strict=True)))
-    counts = [int(n) for n in values[len(losses) + 3 :].tolist()]
-    return terms, norm, {"mean_area_pos": pos, "mean_area_neg": neg}, counts
-
-
 def train_step(model, batch, bad, run, args):
-    """One optimiser step, skipped on all ranks when a loss term or the gradient of any is not finite.
+    """One optimiser step, skipped on all ranks when a loss or the gradient of any is not finite.
 
-    bad: [B, reasons] counts of unusable samples. Returns what all ranks agree on: terms, norm, areas, finite,
-    and stop, a signal that some rank has got, or 0.
+    bad: [B, reasons] counts of unusable samples. Returns what all ranks agree on: terms, norm,
+    areas, finite, and stop, a signal that some rank has got, or 0.
     """
     losses, norm = gradients(model, batch, run, args)
-    got = torch.tensor([number in run.signals for number in STOP])
-    counts = torch.cat([got, bad.sum(0)])  # [2 + reasons]
-    terms, norm, areas, counts = over_ranks(losses, norm, run.net.mask_areas, counts, run.ranks)
-    finite = all(map(math.isfinite, (*terms.values(), norm)))
+    means = torch.stack([*losses.values(), norm, *run.net.mask_areas]).float()
+    counts = torch.cat([torch.tensor([number in run.signals for number in STOP]), bad.sum(0)])
+    values = torch.cat([means / run.ranks, counts.to(means)])  # [terms + 3 + 2 + reasons]
+    if run.ranks > 1:
+        dist.all_reduce(values)
+    values = values.tolist()  # the one place of a step where the CPU waits for the GPU
+    (*means, norm, pos, neg), counts = values[: len(means)], values[len(means) :]
+    finite = all(map(math.isfinite, (*means, norm)))
     if finite:
         run.scaler.step(run.optimizer)
         run.scaler.update()
     else:  # float16's scaler would decide on each rank alone
         run.scaler.update(run.scaler.get_scale() / 2)
-    progress = run.progress
-    progress["skipped"] += not finite
-    progress["in_a_row"] = 0 if finite else progress["in_a_row"] + 1
-    progress["bad"] = [a + b for a, b in zip(progress["bad"], counts[len(STOP) :], strict=True)]
-    stop = next((int(number) for number, n in zip(STOP, counts, strict=False) if n), 0)
-    return SimpleNamespace(terms=terms, norm=norm, areas=areas, finite=finite, stop=stop)
+    p = run.progress
+    p["skipped"] += not finite
+    p["in_a_row"] = 0 if finite else p["in_a_row"] + 1
+    p["bad"] = [a + int(b) for a, b in zip(p["bad"], counts[len(STOP) :], strict=True)]
+    return SimpleNamespace(
+        terms=dict(sorted(zip(losses, means, strict=True))),
+        norm=norm,
+        areas={"mean_area_pos": pos, "mean_area_neg": neg},
+        finite=finite,
+        stop=next((int(number) for number, n in zip(STOP, counts, strict=False) if n), 0),
+    )
 
 
 def check_health(run, done, args):
-    """DataError after 20 skipped steps in a row, or when too many samples cannot be used."""
-    progress = run.progress
-    if progress["in_a_row"] == 20:
-        raise files.InputError(
-            f"step {done - 1}: 20 non-finite gradients in a row; lower --lr or use --precision fp32"
-        )
+    """InputError after 20 skipped steps in a row, or when too many samples cannot be used."""
+    if run.progress["in_a_row"] == 20:
+        hint = "lower --lr or use --precision fp32"
+        raise InputError(f"step {done - 1}: 20 non-finite gradients in a row; {hint}")
     if done % args.log_every == 0:
-        data.too_many_bad(progress["bad"], done * args.batch_size, args.max_bad)
+        data.too_many_bad(run.progress["bad"], done * args.batch_size, args.max_bad)
 
 
-# ---- seeing it run --------------------------------------------------------------------------------------------------
+# ---- seeing it run ----
 
 
 def memory_gb(device):
-    """Peak GiB: of the GPU's allocator, or the resident memory of this process."""
+    """Peak GiB: of the GPU's allocator, or the resident memory of this process (Linux: in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else math.nan
 
 
 def log_record(done, facts, clock, run, args):
-    """What one log line says; plain numbers. clock: time and step of the line before, seconds waited for data since."""
+    """What a log line says. clock: time and step of the one before, seconds waited for data."""
     net, seconds = run.net, time.perf_counter() - clock.since
     speed = (done - clock.step) * args.batch_size / seconds
-    record = (
-        {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))}
-        | facts.terms
-        | facts.areas
-    )
-    record |= {"w": net.w.item(), "b": net.b.item()}
+    record = {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))}
+    record |= facts.terms | facts.areas | {"w": net.w.item(), "b": net.b.item()}
     record |= {f"tau_{name}": math.exp(-net.log_scale[name].item()) for name in net.losses}
-    record |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": facts.norm}
-    record |= {
-        "images_per_second": speed,
-        "data_wait": clock.waited / seconds,
-        "memory_gb": memory_gb(run.device),
-    }
-    record |= {
-        "skipped": run.progress["skipped"],
-        "bad": dict(zip(data.REASONS, run.progress["bad"], strict=True)),
-    }
+    record |= {"lr": run.optimizer.param_groups[1]["lr"], "grad_norm": facts.norm}
+    record |= {"images_per_second": speed, "data_wait": clock.waited / seconds}
+    record |= {"memory_gb": memory_gb(run.device), "skipped": run.progress["skipped"]}
+    record |= {"bad": dict(zip(data.REASONS, run.progress["bad"], strict=True))}
     return record | {"eta_seconds": round((args.steps - done) * args.batch_size / speed)}
 
 
 def read_eval_sets(run, args):
-    """run.sets and run.eval_args of --eval, every label checked before the first step."""
-    run.sets, flags = [], ["--no-pamr", "--workers", str(args.workers), "--out", args.out]
-    if args.eval and not args.measure_area_prior:
-        run.eval_args = evaluate.parse_args(["--datasets", *args.eval, *flags])
-        run.eval_args.precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
-            run.dtype
-        ]
-        run.sets = evaluate.read_sets(run.eval_args)
-        for dataset in run.sets:
-            benchmarks.check_labels(dataset)
+    """The sets of --eval, every label checked before the first step; sets run.eval_args."""
+    if not args.eval or args.measure_area_prior:
+        return []
+    flags = ["--no-pamr", "--workers", str(args.workers), "--out", args.out]
+    run.eval_args = evaluate.parse_args(["--datasets", *args.eval, *flags])
+    names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    run.eval_args.precision = names[run.dtype]
+    sets = evaluate.read_sets(run.eval_args)
+    for dataset in sets:
+        benchmarks.check_labels(dataset)
+    return sets
 
 
 def evaluate_now(run, done, args, bar):
-    """mIoU of the --eval sets under the protocol without PAMR, which is slow; the best net so far becomes best.pt.
-
-    Returns whether it is the best.
-    """
+    """mIoU of the --eval sets by the protocol, but without PAMR; the best net is best.pt."""
     run.net.eval()
-    results = {}
-    with held_signals():
-        for dataset in run.sets:
-            where = (run.tokenizer, run.eval_args, run.device, run.rank, run.ranks)
-            results[dataset.name], _ = evaluate.evaluate_set(dataset, run.net, *where)
+    run.evaluating, results = True, {}
+    for dataset in run.sets:
+        where = (run.tokenizer, run.eval_args, run.device, run.rank, run.ranks)
+        results[dataset.name], _ = evaluate.evaluate_set(dataset, run.net, *where)
+    run.evaluating = False
     run.net.train()
     values, best = [result["miou"] for result in results.values()], run.progress["best"]
     miou = None if None in values else round(sum(values) / len(values), 4)
     better = miou is not None and (best is None or miou > best["miou"])
     if better:
-        run.progress["best"] = {"step": done, "miou": miou}
+        run.progress["best"] = best = {"step": done, "miou": miou}
+    run.progress["evaluated"] = done
     if run.rank == 0:
-        record = {
-            "step": done,
-            "miou": miou,
-            "partial": any(result.get("partial") for result in results.values()),
-        }
+        partial = any(result.get("partial") for result in results.values())
+        record = {"step": done, "miou": miou, "partial": partial}
         record |= {f"miou_{name}": result["miou"] for name, result in results.items()}
-        report.write_log(
-            record | {"best_step": (run.progress["best"] or {}).get("step")}, args.out, bar
-        )
+        report.write_log(record | {"best_step": (best or {}).get("step")}, args.out, bar)
         if better:
-            run.net.save(Path(args.out, "best.pt"), **run.progress["best"])
-    return better
+            run.net.save(Path(args.out, "best.pt"), **best)
 
 
 @torch.no_grad()
 def draw_samples(run, path, rows=4):
-    """samples.png: the same few pairs each time, under the masks of their own captions and of the next pair's."""
+    """samples.png: always the same pairs, under masks of their own captions and the next ones."""
     n = min(rows, len(run.pairs))
     samples = [run.pairs[k, k * len(run.pairs) // n][:2] for k in range(n)]
-    images, tokens = (
-        torch.stack(x).to(run.device) for x in zip(*samples, strict=True)
-    )  # [n, 3, h, w], [n, context]
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        masks = run.net.segment(
-            images, run.net.encode_text(tokens), kp_weight=0
-        ).cpu()  # [n, n, h, w]
+    images, tokens = (torch.stack(x).to(run.device) for x in zip(*samples, strict=True))
+    with autocast(run):
+        # [n, n, h, w]
+        masks = run.net.segment(images, run.net.encode_text(tokens), kp_weight=0).cpu()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.net.recipe.norm)  # [3, 1, 1]
     words = [run.tokenizer.decode(row.tolist()).split("<end_of_text>")[0] for row in tokens]
     captions = [text.removeprefix("<start_of_text>").strip() for text in words]
     report.write_samples(path, (images.cpu() * std + mean).clamp(0, 1), masks, captions)
 
 
-# ---- the area prior -------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def measure_area_prior(run, args):
-    """Prints the mean area of MaskCLIP's masks of N pairs, image and own caption, by which Sec. 3.3 chose p+ = 0.4.
+    """Prints the mean area of MaskCLIP's masks of N pairs, by which Sec. 3.3 chose p+ = 0.4.
 
-    Paper silent: what an area is, and the crops. Here: the mean of sigmoid(10 cos - 2.5), the mask that training starts
-    from (the release's w and b), on the random crops that training sees.
+    Paper silent: what an area is, and the crops. Here: the mean of sigmoid(10 cos - 2.5), the mask
+    that training starts from (the release's w and b), on the random crops that training sees.
     """
-    n = min(args.measure_area_prior, len(run.pairs))
-    batch_size = max(min(args.batch_size, 64 * run.ranks, n) // run.ranks, 1) * run.ranks
-    steps, sums = max(n // batch_size, 1), torch.zeros(3, dtype=torch.float64)
-    for images, tokens, _, _ in tqdm(
-        batches(run, args, batch_size, steps), "measuring", steps, disable=run.rank > 0
-    ):
-        images = images.to(run.device)
-        t, grid = (
-            run.net.encode_text(tokens.to(run.device)),
-            backbone.patch_grid(images, run.net.patch),
-        )
-        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-            v_d = backbone.dense_features(
-                run.net.last_block, backbone.trunk(run.net.clip.visual, images), grid
-            )  # [B, D, H, W]
-        areas = (
-            run.net.preserved_masks(v_d, t, grid).mean((2, 3)).diagonal().double().cpu()
-        )  # [B, B, H, W] -> [B]
-        sums += torch.stack([torch.tensor(len(areas)), areas.sum(), areas.square().sum()])
-    if run.ranks > 1:
-        sums = sums.float().to(run.device)
-        dist.all_reduce(sums)
-    count, mean = int(sums[0]), float(sums[1] / sums[0])
-    error = math.sqrt(max(float(sums[2] / count) - mean**2, 0) / max(count - 1, 1))
-    if run.rank == 0:
-        what = f"mean area of MaskCLIP's masks: {mean:.4f} +- {error:.4f} (standard error, {count:,} pairs)"
-        print(f"{what}; train with --area-prior {mean:.2f}")
+    n, net, areas = min(args.measure_area_prior, len(run.pairs)), run.net, []
+    size = min(args.batch_size, 64, n)
+    loader = batches(run, args, size, n // size)
+    for images, tokens, _, _ in tqdm(loader, "measuring", n // size):
+        images, t = images.to(run.device), net.encode_text(tokens.to(run.device))
+        grid = backbone.patch_grid(images, net.patch)
+        with autocast(run):
+            x = backbone.trunk(net.clip.visual, images)
+            v_d = backbone.dense_features(net.last_block, x, grid)  # [B, D, H, W]
+        areas.append(net.preserved_masks(v_d, t, grid).mean((2, 3)).diagonal())  # [B, B] -> [B]
+    areas = torch.cat(areas).cpu()
+    mean, error = areas.mean(), areas.std() / len(areas) ** 0.5
+    what = f"{mean:.4f} +- {error:.4f} (standard error, {len(areas):,} pairs)"
+    print(f"mean area of MaskCLIP's masks: {what}; train with --area-prior {mean:.2f}")
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- the loop ----
 
 
 def train(run, args):
@@ -760,6 +576,8 @@ def train(run, args):
     loader = batches(run, args, args.batch_size, args.steps, run.start)
     clock = SimpleNamespace(since=time.perf_counter(), step=run.start, waited=0.0)
     with tqdm(total=args.steps, initial=run.start, desc="training", disable=run.rank > 0) as bar:
+        if run.start:
+            follow_up(run, run.start, args, bar)  # what a kill may have cut off
         for step in range(run.start, args.steps):
             if net.set_trainable(step):
                 model = wrap(net, run.device, run.ranks)
@@ -769,6 +587,9 @@ def train(run, args):
             *batch, bad = next(loader)
             clock.waited += time.perf_counter() - asked
             batch = [x.to(run.device, non_blocking=True) for x in batch]
+            if os.getppid() != run.launcher and "TORCHELASTIC_RUN_ID" in os.environ:
+                # torchrun was killed: nobody would end this rank
+                run.signals.append(signal.SIGTERM)
             facts = train_step(model, batch, bad, run, args)
             after_step(step + 1, facts, clock, run, args, bar)
             if facts.stop:
@@ -776,78 +597,112 @@ def train(run, args):
     return 0
 
 
+def due(done, every, args):
+    return done % every == 0 or done == args.steps
+
+
 def after_step(done, facts, clock, run, args, bar):
-    """What is due after a step: the log line, the evaluation, checkpoint and pictures."""
-    last = done == args.steps
+    """The log line, the checkpoint, and what follows a checkpoint."""
     bar.update()
     check_health(run, done, args)
-    if done % args.log_every == 0 or last:
+    if due(done, args.log_every, args):
         if run.rank == 0:
             report.write_log(log_record(done, facts, clock, run, args), args.out, bar)
         clock.since, clock.step, clock.waited = time.perf_counter(), done, 0.0
     trained = time.perf_counter()
-    due = done % args.save_every == 0 or last
-    if run.rank == 0 and (
-        due or facts.stop
-    ):  # first of all: a launcher that has sent a signal does not wait
-        save(run, done, args)
-    if run.sets and not facts.stop and (done % args.eval_every == 0 or last):
-        if evaluate_now(run, done, args, bar) and run.rank == 0:
-            save(run, done, args)  # it holds which step was the best
-    if run.rank == 0 and due and not facts.stop:
+    evaluation = run.sets and due(done, args.eval_every, args)
+    if run.rank == 0 and (facts.stop or evaluation or due(done, args.save_every, args)):
+        save(run, done, args)  # first of all: a launcher that has sent a signal does not wait
+    if not facts.stop:
+        follow_up(run, done, args, bar)
+    # what stands above is no part of images per second
+    clock.since += time.perf_counter() - trained
+
+
+def follow_up(run, done, args, bar):
+    """Evaluation and pictures that are due after a checkpoint; after a kill, once more."""
+    evaluation = run.sets and due(done, args.eval_every, args)
+    if evaluation and run.progress["evaluated"] < done:
+        evaluate_now(run, done, args, bar)
+        if run.rank == 0:
+            save(run, done, args)  # it holds that this is done, and which step was the best
+    if run.rank == 0 and due(done, args.save_every, args):
         draw_samples(run, Path(args.out, "samples.png"))
         report.write_curves(Path(args.out, "loss.png"), Path(args.out, "log.jsonl"))
-    clock.since += (
-        time.perf_counter() - trained
-    )  # what stands above is no part of images per second
+
+
+@contextlib.contextmanager
+def caught_signals(run):
+    """SIGINT and SIGTERM only add themselves to run.signals, where train_step looks.
+
+    During an evaluation, which may be long, they end it: the checkpoint before it is written, and
+    the same command makes it again. In the end no loader process is left, whatever happened.
+    """
+
+    def catch(number, _):
+        run.signals.append(number)
+        if run.evaluating:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, catch) for number in STOP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        left = multiprocessing.active_children()
+        if left and hasattr(signal, "SIGCHLD"):  # on which torch would say that a loader has died
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in left:
+            process.kill()  # they do not see SIGTERM
 
 
 def main(args):
-    """A parsed command line from start to end. Returns the exit status: 0, or 128 + the signal that stopped it."""
-    run = start_run(args)
-    stop = 0
-    if args.measure_area_prior:
-        with no_loaders_left():
+    """A parsed command line from start to end. Returns 0, or 128 + the signal that stopped it."""
+    run, stop = start_run(args), 0
+    with caught_signals(run):
+        if args.measure_area_prior:
             measure_area_prior(run, args)
-    else:
-        if run.rank == 0:
-            begin_logs(run, args)
-        with no_loaders_left(), caught_signals(run.signals):
+        else:
+            if run.rank == 0:
+                begin_logs(run, args)
             stop = train(run, args)
-        if run.rank == 0:
-            words = (
-                f"stopped by {signal.Signals(stop).name}, the same command goes on"
-                if stop
-                else "trained"
-            )
-            print(f"{Path(args.out, 'last.pt')}: {words} to step {args.steps}")
+    if run.rank == 0 and not args.measure_area_prior:
+        name = signal.Signals(stop).name if stop else ""
+        words = f"stopped by {name}, the same command goes on" if stop else "trained"
+        print(f"{Path(args.out, 'last.pt')}: {words} to step {args.steps}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 128 + stop if stop else 0
 
 
-def command(argv=None):
-    """The command line as a program: one line for a mistake, never a traceback. Returns the exit status."""
-    args = parse_args(argv)
+def run_rank(args):
+    """main, with what ends a rank said in one line, and once where all of a node find the same."""
     try:
         return main(args)
-    except (files.InputError, OSError) as error:
+    except (InputError, OSError) as error:
         # A loader process sends its whole traceback as the message; the last line is what happened.
         words = (str(error) or repr(error)).splitlines()[-1].removeprefix("files.InputError: ")
     except RuntimeError as error:
-        if not dist.is_initialized() or not re.search(
-            "gloo|nccl|timed out|connection", str(error), re.IGNORECASE
-        ):
+        words, text = files.first_line(error), str(error).lower()
+        if "dataloader worker" in text:
+            words = f"a loader process was killed; out of memory? ({words})"
+        elif dist.is_initialized() and re.search("gloo|nccl|timed out|connection", text):
+            late = f"was not completed within --timeout {args.timeout} s: another rank hangs"
+            what = (
+                late if "timed out" in text else "broke off: another rank has failed or was killed"
+            )
+            words = f"a collective {what} ({words})"
+        else:
             raise
-        words = f"a collective was not completed within --timeout {args.timeout} s: another rank has failed or hangs"
-        words += f" ({files.first_line(error)})"
-    except KeyboardInterrupt:
-        return 130
-    if dist.is_initialized():
-        print(f"error: rank {dist.get_rank()}: {words}", file=sys.stderr)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":  # what all ranks of a node find is said once
-        print(f"error: {words}", file=sys.stderr)
-    return 1
+    if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
+        return 1
+    raise InputError(f"rank {args.rank}: {words}" if dist.is_initialized() else words)
+
+
+def command(argv=None):
+    """The command line as a program. Returns the exit status."""
+    return files.command(run_rank, parse_args(argv))
 
 
 if __name__ == "__main__":

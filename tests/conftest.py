@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Helpers of the tests: the golden tensors, the tiny CLIP they belong to, and several ranks on one machine."""
+"""Helpers of the tests: the golden tensors, the tiny CLIP they belong to, and several ranks on one
+machine.
+"""
 
 import sys
 import tempfile

@@ -413,7 +413,7 @@ NO_WEIGHTS = {
     "a web page": lambda d, w: written(d, b"<!DOCTYPE html><html>", "model.safetensors"),
     "safetensors; its name": lambda d, w: Path(shutil.move(safe(d, w), d / "clip.pt")),
     "a pickled model": lambda d, w: saved(d, gcl.load_clip(CLIP_JSON, CLIP_WEIGHTS)[0]),
-    "no folder with model.safetensors": lambda d, w: d,
+    "nor a folder with model.safetensors": lambda d, w: d,
     "compressed, which": squeezed,
     "weight is no dense float tensor": lambda d, w: saved(d, changed(w, lambda x: x.to_sparse())),
     "ln_post.weight is no dense": lambda d, w: saved(d, changed(w, lambda x: x.to("meta"))),
@@ -451,7 +451,7 @@ def test_a_plain_file_under_a_named_model_has_its_activation_told(tmp_path, monk
     monkeypatch.setattr(open_clip, "get_model_config", lambda _: config)
     gcl.load_clip("ViT-B-16-quickgelu", CLIP_WEIGHTS)
     told = capsys.readouterr().err
-    assert "does not tell its activation: QuickGELU, as ViT-B-16-quickgelu has it" in told
+    assert "does not tell its activation: quick_gelu=True, as ViT-B-16-quickgelu has it" in told
 
 
 def test_near_names_of_a_model_are_told():
