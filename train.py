@@ -501,7 +501,7 @@ def read_eval_sets(run, args):
     run.eval_args.precision = names[run.dtype]
     sets = evaluate.read_sets(run.eval_args)
     for dataset in sets:
-        benchmarks.check_labels(dataset)
+        benchmarks.check_labels(dataset, args.workers)
     return sets
 
 

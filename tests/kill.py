@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Kills a training run at its n-th file operation, starts it again, and compares what it leaves.
 
-    python tests/kill.py    # every file operation of a run with evaluations; a line for each that differs
+    python tests/kill.py    # every file operation of a run; a line for each that differs
 
 An audit hook of Python counts what is opened for writing, renamed, copied and removed below OUT.
 """

@@ -42,7 +42,8 @@ def world(tmp_path_factory):
     return folder, ["--data", shards, "--model", model, "--pretrained", pretrained]
 
 
-SHORT = "--batch-size 4 --lr 1e-2 --scalar-lr-mult 10 --steps 6 --warmup-steps 2 --save-every 3 --log-every 2".split()
+SHORT = "--batch-size 4 --lr 1e-2 --scalar-lr-mult 10 --steps 6 --warmup-steps 2 --save-every 3"
+SHORT = [*SHORT.split(), "--log-every", "2"]
 CPU = ["--workers", "0", "--device", "cpu"]
 
 
@@ -254,7 +255,8 @@ def test_two_ranks_train_as_one(world, tmp_path):
 
 def driver(folder, name, code):
     """A script that is train.py but for the code run before."""
-    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, gcl, train\n"
+    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+    head += "import torch, gcl, train\n"
     tail = "if __name__ == '__main__':\n    sys.exit(train.command())\n"
     (folder / f"{name}.py").write_text(head + code + tail)
     return folder / f"{name}.py"
@@ -325,7 +327,7 @@ def test_a_signal_writes_a_checkpoint_first(world, trained, tmp_path, number, ra
 
 
 def test_a_checkpoint_comes_before_evaluation_and_pictures(monkeypatch):
-    """A launcher that has sent a signal does not wait: nothing but the checkpoint is written then."""
+    """A launcher that has sent a signal does not wait: the checkpoint alone is written then."""
     calls = []
     for owner, name in (
         (train, "save"),
@@ -427,7 +429,8 @@ def test_a_late_block_trains_alike_on_two_ranks_that_take_over_from_one(
     world, tmp_path, monkeypatch
 ):
     """Two ranks go on at step 3 from the checkpoint of one, and unfreeze the block at step 4."""
-    late = "import dataclasses\nr = gcl.RECIPES\nr['release'] = dataclasses.replace(r['release'], unfreeze_block_at=4)\n"
+    late = "import dataclasses\nr = gcl.RECIPES\n"
+    late += "r['release'] = dataclasses.replace(r['release'], unfreeze_block_at=4)\n"
     recipe = dataclasses.replace(gcl.RECIPES["release"], unfreeze_block_at=4)
     monkeypatch.setitem(gcl.RECIPES, "release", recipe)
     args = [*world[1], *SHORT, *CPU, "--recipe", "release", "--lr", "1e-3"]
@@ -468,8 +471,10 @@ STALLS = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)"
 OTHER = """
 build = train.build_pairs
 def patched(*rest):
-    pairs = build(*rest) pairs.__class__ = type("Other", (type(pairs),), {"__len__": lambda self: 14
-    - int(os.environ["RANK"])}) return pairs
+    pairs = build(*rest)
+    length = {"__len__": lambda self: 14 - int(os.environ["RANK"])}
+    pairs.__class__ = type("Other", (type(pairs),), length)
+    return pairs
 train.build_pairs = patched
 """
 

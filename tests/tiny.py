@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A tiny world for the tests of data, training and evaluation: a CLIP, shards and a labelled set."""
+"""A tiny world for the tests of data, training and evaluation: CLIP, shards, a labelled set."""
 
 import io
 import json
