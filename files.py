@@ -118,7 +118,7 @@ positive = partial(number, least=0, open_end=True)
 
 
 def ignore_signals(_=None):
-    """For processes of a loader: a signal to the whole group stops the run, which then ends them."""
+    """For processes of a loader: a signal to the whole group stops the run, which ends them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
