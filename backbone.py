@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The frozen CLIP of the grounder: loading by open_clip, its dense features (Eq. 3 is marked
-below), and the variants of its last block that segment without training (METHODS).
+"""The frozen CLIP of the grounder: loading by open_clip, dense features, CLIP alone as a segmenter.
+
+Whatever file of weights it reads, no code in it runs. METHODS are the variants of the last block
+that segment without training.
 
     clip, tokenizer = load_clip("ViT-B-16-quickgelu", "openai")  # the name, a tag or a local file
 
 Legend for every shape: B images, K classes, C embedding size, D width of the ViT, L patches, H W
-patch grid, h w pixels. Needs files.py and ops.py beside it, torch and open_clip.
+patch grid, h w pixels. Needs ops.py, release.py and files.py beside it, torch and open_clip.
+
+>>> vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2}
+>>> text = {"width": 64, "heads": 1, "layers": 1}
+>>> visual = build_clip({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}).visual
+>>> tokens = trunk(visual, torch.rand(1, 3, 24, 40))
+>>> dense_features(visual.transformer.resblocks[-1], tokens, grid=(3, 5)).shape
+torch.Size([1, 64, 3, 5])
 """
 
 import copy

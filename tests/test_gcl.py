@@ -616,8 +616,8 @@ def test_text_embeddings_keep_the_leading_axes_and_have_length_one(tmp_path):
 
 def test_class_names_go_into_every_template(released, seg):
     tokenizer = GoldenTokenizer(seg["cls_tokens"])
-    released.encode_classes(["3", "1"], tokenizer, ["{}:2", "{}:0"])
-    assert tokenizer.prompts == ["3:2", "3:0", "1:2", "1:0"]
+    released.encode_classes(["2", "1"], tokenizer, ["{}:0", "{}:{}"])
+    assert tokenizer.prompts == ["2:0", "2:2", "1:0", "1:1"]
 
 
 def test_tokenizer_with_another_vocabulary_is_refused(tmp_path):
@@ -715,6 +715,16 @@ def test_area_prior_takes_its_norm_where_the_recipe_says(tmp_path, monkeypatch, 
     monkeypatch.setattr(ops, "area_prior", record)
     make_net(tmp_path, recipe, area_prior=0.3)(*make_batch())
     assert seen == [(0.3, recipe == "release")]
+
+
+@pytest.mark.parametrize("size, calls", [(2, 4), (4, 1), (9, 1)])
+def test_only_slices_are_computed_again(size, calls):
+    """Two slices of 2 rows run forward, and each once more in the backward pass."""
+    seen, x = [], torch.randn(4, 3, requires_grad=True)
+    rows = gcl.in_slices(lambda x: seen.append(len(x)) or {"y": x.square()}, size, (x,))
+    rows["y"].sum().backward()
+    assert seen == [min(size, 4)] * calls
+    assert_close(x.grad, 2 * x)
 
 
 def test_unknown_losses_and_recipes_are_refused(tmp_path):

@@ -112,7 +112,7 @@ COPIES = {  # file: what it needs beside it
     "ops": [],
     "adapter": [],
     "pamr": [],
-    "backbone": ["ops", "files"],
+    "backbone": ["ops", "release", "files"],
     "gcl": ["ops", "adapter", "backbone", "release", "files"],
 }
 
