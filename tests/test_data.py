@@ -407,6 +407,9 @@ def test_shards_are_scanned_once_and_again_when_they_change(tmp_path, monkeypatc
     os.utime(tmp_path / "data/001.tar", (1, 1))
     dataset(pattern, cache=tmp_path / "out")
     assert len(scans) == 8 and not list((tmp_path / "out").glob("*.tmp"))
+    write_tar(tmp_path / "data/001.tar", pair("a") + pair("b") * 9)
+    os.utime(tmp_path / "data/001.tar", (1, 1))  # another size alone
+    assert len(dataset(pattern, cache=tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize(
