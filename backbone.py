@@ -25,6 +25,8 @@ import math
 import os
 import re
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 
@@ -400,6 +402,18 @@ def clip_config(model):
     return config
 
 
+def offline_without_hub():
+    """Where the hub does not answer within seconds, its client takes what it has stored, or fails
+    at once, where it would try again for minutes."""
+    constants = sys.modules["huggingface_hub"].constants  # of open_clip's own client
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:  # an answer
+        pass
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def find_weights(model, pretrained):
     """Path of the weights file for a tag, a local file or a folder of Hugging Face's layout; None
     for None. Downloads a tag's file once (open_clip)."""
@@ -414,6 +428,7 @@ def find_weights(model, pretrained):
         what = f"no such file, and no tag of {model}, nor a folder with {FOLDER[0]}"
         raise InputError(f"--pretrained {pretrained}: {what}; {hint}")
     try:
+        offline_without_hub()
         return open_clip.download_pretrained(tag)
     except Exception as error:  # every hub client has its own errors; the cause is kept
         what = f"the weights of {model} could not be downloaded ({first_line(error)})"

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """backbone.py: open_clip's own features, and every weights file that people have."""
 
+import http.server
 import json
 import math
 import shutil
+import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -207,6 +210,7 @@ def test_activation_follows_the_tag(weights, monkeypatch, capsys, name, tag, nee
     config = {**json.loads(Path(CLIP_JSON).read_text()), "quick_gelu": configured}
     monkeypatch.setattr(open_clip, "get_model_config", lambda _: config)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *a, **k: CLIP_WEIGHTS)
+    monkeypatch.setattr(backbone, "offline_without_hub", lambda: None)
     clip, _ = gcl.load_clip(name, tag)
     assert activation(clip) == ("QuickGELU" if needed else "GELU")
     assert (f"needs quick_gelu={needed}" in capsys.readouterr().err) == (needed != configured)
@@ -240,10 +244,26 @@ def test_weights_that_cannot_be_downloaded_lead_to_a_local_file(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    monkeypatch.setattr(backbone, "offline_without_hub", lambda: None)
     with pytest.raises(files.InputError, match="Name or service not known.*--pretrained FILE"):
         gcl.load_clip("ViT-B-16-quickgelu", "openai")
     with pytest.raises(files.InputError, match="--pretrained FILE"):
         gcl.load(RELEASE_STRIPPED)
+
+
+def test_a_hub_that_does_not_answer_is_not_tried_for_minutes(monkeypatch):
+    """A closed port, then a server that answers, though with 404."""
+    constants = sys.modules["huggingface_hub"].constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        backbone.offline_without_hub()  # the handler knows no GET: 501
+        thread.join()
+        assert constants.HF_HUB_OFFLINE is False
+    backbone.offline_without_hub()
+    assert constants.HF_HUB_OFFLINE is True
 
 
 def test_unknown_models_tags_and_files_are_refused(tmp_path):
