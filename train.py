@@ -165,14 +165,14 @@ def build_optimizer(net, args):
     Release differs: it also decays its scalars (gates, w, b, temperatures); here matrices and
     kernels alone decay.
     """
-    groups = [
-        {"params": [], "weight_decay": 0.0, "lr_mult": args.scalar_lr_mult},  # scalars
-        {"params": [], "weight_decay": 0.0, "lr_mult": 1.0},  # vectors
+    groups = [  # in this order in every checkpoint
         {"params": [], "weight_decay": args.weight_decay, "lr_mult": 1.0},  # matrices and kernels
+        {"params": [], "weight_decay": 0.0, "lr_mult": 1.0},  # vectors
+        {"params": [], "weight_decay": 0.0, "lr_mult": args.scalar_lr_mult},  # scalars
     ]
     for name, parameter in net.named_parameters():
         if not name.startswith("clip."):
-            groups[min(parameter.ndim, 2)]["params"].append(parameter)
+            groups[2 - min(parameter.ndim, 2)]["params"].append(parameter)
     # Paper silent: betas and eps; the release's.
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-6)
 
@@ -274,7 +274,7 @@ def restore(run, args):
     changed = [
         name
         for name in ("ranks", "micro_batch", "precision")
-        if before.get(name) != getattr(args, name)
+        if before.get(name, getattr(args, name)) != getattr(args, name)
     ]
     if changed and args.rank == 0:
         words = ", ".join(f"{name} {before.get(name)} -> {getattr(args, name)}" for name in changed)
@@ -434,7 +434,8 @@ def train_step(model, batch, bad, run, args):
     losses, norm = gradients(model, batch, run, args)
     means = torch.stack([*losses.values(), norm, *run.net.mask_areas]).float()
     counts = torch.cat([torch.tensor([number in run.signals for number in STOP]), bad.sum(0)])
-    values = torch.cat([means / run.ranks, counts.to(means)])  # [terms + 3 + 2 + reasons]
+    counts = counts.to(means, non_blocking=True)  # or the CPU would wait here too
+    values = torch.cat([means / run.ranks, counts])  # [terms + 3 + 2 + reasons]
     if run.ranks > 1:
         dist.all_reduce(values)
     values = values.tolist()  # the one place of a step where the CPU waits for the GPU
@@ -484,7 +485,7 @@ def log_record(done, facts, clock, run, args):
     record = {"step": done, "loss": gcl.total_loss(facts.terms, weights_of(args))}
     record |= facts.terms | facts.areas | {"w": net.w.item(), "b": net.b.item()}
     record |= {f"tau_{name}": math.exp(-net.log_scale[name].item()) for name in net.losses}
-    record |= {"lr": run.optimizer.param_groups[1]["lr"], "grad_norm": facts.norm}
+    record |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": facts.norm}
     record |= {"images_per_second": speed, "data_wait": clock.waited / seconds}
     record |= {"memory_gb": memory_gb(run.device), "skipped": run.progress["skipped"]}
     record |= {"bad": dict(zip(data.REASONS, run.progress["bad"], strict=True))}
@@ -562,7 +563,7 @@ def measure_area_prior(run, args):
             v_d = backbone.dense_features(net.last_block, x, grid)  # [B, D, H, W]
         areas.append(net.preserved_masks(v_d, t, grid).mean((2, 3)).diagonal())  # [B, B] -> [B]
     areas = torch.cat(areas).cpu()
-    mean, error = areas.mean(), areas.std() / len(areas) ** 0.5
+    mean, error = areas.mean(), areas.std() / len(areas) ** 0.5 if len(areas) > 1 else 0.0
     what = f"{mean:.4f} +- {error:.4f} (standard error, {len(areas):,} pairs)"
     print(f"mean area of MaskCLIP's masks: {what}; train with --area-prior {mean:.2f}")
 

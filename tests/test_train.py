@@ -124,6 +124,9 @@ def test_only_matrices_decay_and_every_parameter_is_optimised_once(world, recipe
         group = found[id(p)]
         assert group["weight_decay"] == (0.05 if p.ndim >= 2 else 0.0)
         assert group["lr_mult"] == (3.0 if p.ndim == 0 else 1.0)
+    # the order in checkpoints: Adam's moments are taken up by place
+    decay = [(g["weight_decay"], g["lr_mult"]) for g in optimizer.param_groups]
+    assert decay == [(0.05, 1.0), (0.0, 1.0), (0.0, 3.0)]
     assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-6
 
 
@@ -812,6 +815,7 @@ def make_run(world, **changes):
         "signals": [],
     }
     parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "dtype": None, "ranks": 1}
+    parts["device"] = torch.device("cpu")
     batch = [
         torch.randn(2, 3, 32, 32),
         tokenizer(["a cat", "two dogs"]),
