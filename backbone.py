@@ -152,10 +152,10 @@ def last_block(block, tokens, grid, method):
     attention, whole = METHODS[method]
     attn = block.attn
     qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)  # [B, 1+L, 3D]
-    qkv = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv  # each [B, heads, 1+L, D/heads]
-    # [B, heads, L, D/heads] -> [B, L, D], without the class token
-    attended, keys = (y[:, :, 1:].transpose(1, 2).flatten(2) for y in (attention(q, k, v, grid), k))
+    qkv = qkv.unflatten(2, (3, attn.num_heads, -1))  # [B, 1+L, 3, heads, D/heads]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, 1+L, D/heads]
+    outputs = attention(q, k, v, grid), k
+    attended, keys = (y[:, :, 1:].transpose(1, 2).flatten(2) for y in outputs)  # each [B, L, D]
     x = attn.out_proj(attended)
     x = finish_block(block, tokens[:, 1:], x) if whole else x
     return x.transpose(1, 2).unflatten(2, grid), keys  # [B, D, H, W], [B, L, D]

@@ -397,7 +397,7 @@ def load(path, model=None, pretrained=None, device="cpu"):
         clip, _ = load_clip(model, str(pretrained))
     try:
         recipe = Recipe(**checkpoint["recipe"])
-        torch.tensor(recipe.norm).view(2, 3)  # mean and std of three channels
+        torch.tensor(recipe.norm).view(2, 3)  # [2, 3], mean and std of three channels
         net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
     except (TypeError, ValueError, RuntimeError) as error:
         what = f"not a recipe and losses that this version has ({first_line(error)})"
