@@ -394,6 +394,8 @@ def parse_args(argv=None):
         p.error("--short-side, --window, --stride and --limit must be positive")
     if args.stride > args.window or args.workers < 0 or not 0 <= args.kp_weight <= 1:
         p.error("--stride is at most --window, --workers at least 0, --kp-weight between 0 and 1")
+    if os.path.isfile(args.out):
+        p.error(f"--out {args.out}: is a file, not a folder")
     if args.method == "gcl" and not args.predictions:
         args.checkpoint = args.checkpoint or "runs/gcl/last.pt"
     if args.bg_threshold is None:
