@@ -517,3 +517,8 @@ def test_absurd_configs_and_those_of_other_libraries_are_refused_at_once(
     ):
         with pytest.raises(files.InputError):
             load()
+
+
+def test_a_config_beyond_any_machine_is_counted_before_it_is_built(tmp_path):
+    with pytest.raises(files.InputError, match="thousand million weights"):
+        gcl.load_clip(write_config(tmp_path, {"width": 48_000, "layers": 10}), None)

@@ -575,13 +575,11 @@ def test_masks_have_the_images_own_size(tmp_path, size):
 
 
 def test_padded_pixels_are_zeros_and_are_cropped_from_the_masks(tmp_path):
-    net, image = (
-        make_net(tmp_path),
-        torch.randn(1, 3, 17, 24),
-    )  # 21 x 28: 4 rows (2 and 2), 4 columns
+    net, image = make_net(tmp_path), torch.randn(1, 3, 17, 26)
     t = F.normalize(torch.randn(2, 20), dim=-1)
-    whole = net.segment(F.pad(image, (2, 2, 2, 2)), t)
-    assert_close(net.segment(image, t), whole[..., 2:-2, 2:-2], rtol=0, atol=0)
+    # To 21 x 28: 4 rows (2 and 2), 2 columns (1 and 1).
+    whole = net.segment(F.pad(image, (1, 1, 2, 2)), t)
+    assert_close(net.segment(image, t), whole[..., 2:-2, 1:-1], rtol=0, atol=0)
     whole = net.segment(
         F.pad(image[..., :16, :23], (2, 3, 2, 3)), t
     )  # 5 and 5: the smaller half left and top
