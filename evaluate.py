@@ -393,7 +393,9 @@ def parse_args(argv=None):
     if min(args.short_side, args.window, args.stride, 1 if args.limit is None else args.limit) < 1:
         p.error("--short-side, --window, --stride and --limit must be positive")
     if args.stride > args.window or args.workers < 0 or not 0 <= args.kp_weight <= 1:
-        p.error("--stride is at most --window, --workers at least 0, --kp-weight between 0 and 1")
+        p.error(
+            "--stride must be at most --window, --workers at least 0, --kp-weight between 0 and 1"
+        )
     if os.path.isfile(args.out):
         p.error(f"--out {args.out}: is a file, not a folder")
     if args.method == "gcl" and not args.predictions:

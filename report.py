@@ -274,7 +274,7 @@ def heat(values):
 
 def colour(indices, colours):
     """uint8 [h, w, 3] of class indices [h, w]; what has no colour (ignored) is white."""
-    table = np.full((256, 3), 255, dtype=np.uint8)
+    table = np.full((max(256, len(colours), indices.max(initial=0) + 1), 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours
     return table[indices]
 
@@ -378,8 +378,8 @@ def write_sheet(path, dataset, pictures, note=""):
     for image, *maps in pictures:
         rows.append([fit(image, method=Image.Resampling.BILINEAR)])
         for indices in maps:
-            present |= set(np.unique(indices).tolist()) - {255}
-            indices = np.asarray(fit(indices.astype(np.uint8)))
+            present |= set(np.unique(indices).tolist()) & set(range(len(dataset.classes)))
+            indices = np.asarray(fit(indices.astype(np.int32)))
             rows[-1].append(Image.fromarray(colour(indices, dataset.palette)))
             draw_names(rows[-1][-1], indices, dataset.classes, 18)
     legend = [(dataset.classes[k], tuple(dataset.palette[k])) for k in sorted(present)]

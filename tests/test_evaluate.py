@@ -669,7 +669,7 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path, c
     said = capsys.readouterr().out
     assert "(partial: 2 of 4 images)" in said and said.strip().endswith("(partial)")
     text = (tmp_path / "results.md").read_text()
-    assert "Partial: only some of the images of objects" in text
+    assert "**Partial**: only some of the images of objects" in text
 
 
 @pytest.mark.parametrize(
@@ -680,7 +680,7 @@ def test_a_checkpoint_is_evaluated_and_a_limit_marked_partial(world, tmp_path, c
         (["--datasets", "voc", "--method", "maskclip", "--stride", "0"], "must be positive"),
         (["--datasets", "voc", "--limit", "0"], "must be positive"),
         (["--datasets", "voc", "--kp-weight", "2"], "--kp-weight between 0 and 1"),
-        (["--datasets", "voc", "--stride", "500"], "--stride is at most --window"),
+        (["--datasets", "voc", "--stride", "500"], "--stride must be at most --window"),
         (["--datasets", "voc", "--out", __file__], "is a file, not a folder"),
         (["--all", "--method", "maskclipp"], "invalid choice"),
         (["--all", "--method", "maskclip", "--checkpoint", "x.pt"], "--checkpoint goes with"),
@@ -939,7 +939,7 @@ def test_a_run_on_a_benchmark_stands_beside_the_paper():
     part = report.markdown(
         {"average": 51.2, "settings": settings, "datasets": {"voc": one | {"images": 7}}}
     )
-    assert "**Partial: " in part and "51.2 (partial)" in part
+    assert "**Partial**: " in part and "51.2 (partial)" in part
 
 
 def test_masks_stay_in_float32_under_autocast(world, monkeypatch):
