@@ -338,6 +338,8 @@ def start(folder, **environment):
     (folder.parent / "program.py").write_text(PROGRAM)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, str(folder.parent / "program.py"), str(folder)]
+    # A shell that starts the tests in the background ignores SIGINT, and its children with it.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes)
 
 
