@@ -311,7 +311,7 @@ ABLATION = {
     "without area": "--lambda-area 0",
     "without both": "--lambda-area 0 --lambda-tv 0",
 }
-TRAIN = """--image-size 48 --batch-size 64 --lr 6e-3 --scalar-lr-mult 10 --steps 80
+TRAIN = """--image-size 48 --batch-size 64 --lr 6e-3 --scalar-lr-mult 10 --steps 120
  --warmup-steps 12 --log-every 4 --device cpu --precision fp32 --workers 0"""
 EVALUATE = """--no-pamr --short-side 48 --window 48 --stride 24 --sweep-threshold --save-predictions
  --device cpu --workers 0"""
