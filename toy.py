@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A toy world: the whole path of the paper, from pairs to mIoU and pictures, on two CPU cores.
 
-    python toy.py                            # MaskCLIP against GCL, about five minutes, in runs/toy
+    python toy.py                            # MaskCLIP against GCL, some six minutes, in runs/toy
     python toy.py --ablate                   # the rows of the paper's Table 2 as well
     python toy.py --out runs/toy1 --seed 1   # another world, another CLIP, another adapter
 
