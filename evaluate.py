@@ -215,7 +215,7 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
             predictions = [torch.from_numpy(found)]
         else:
             value, index = best_text(net, image, text, args, label.shape)  # [h, w]
-            if not value.isfinite().all():
+            if (~value.isfinite()).any():
                 raise files.InputError(f"{image_id}: masks are not finite; try --precision fp32")
             predictions = [index]
             if dataset.background:

@@ -92,7 +92,7 @@ def resize(mask, size):
 def labelled(net, image, text, args):
     """Masks [K, h', w'] at the protocol's size, and labels int64 [h, w] of image [h, w, 3]."""
     masks = evaluate.segment_image(net, image, text, args)
-    if not masks.isfinite().all():
+    if (~masks.isfinite()).any():
         raise files.InputError("its masks are not finite; try --precision fp32, or other weights")
     value, index = evaluate.best_class(masks, image.shape[:2])
     return masks, evaluate.with_background(value, index, args.bg_threshold)
