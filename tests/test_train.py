@@ -1101,6 +1101,14 @@ def test_other_pairs_of_the_same_number_are_refused(world, tmp_path):
         train.main(train.parse_args(args))
 
 
+def test_the_same_shards_under_another_path_go_on(world, trained, tmp_path):
+    shutil.copytree(world[0] / "data", tmp_path / "moved [1]")
+    shutil.copytree(trained, tmp_path / "out")
+    moved = [str(path) for path in sorted((tmp_path / "moved [1]").glob("*.tar"))]
+    command = [*world[1], *SHORT, *CPU, "--out", str(tmp_path / "out"), "--data", *moved]
+    assert train.main(train.parse_args(command)) == 0
+
+
 def test_a_log_line_that_a_kill_has_cut_is_dropped(world, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     log = tmp_path / "out" / "log.jsonl"
