@@ -8,11 +8,12 @@ Winograd's F(4, 3), Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. In on
 neighbouring outputs of a kernel w with 3 taps, over 6 inputs y, are
 
     A^T ((G w) * (B y))
- 6 multiplications instead of 12: products of polynomials, from their values at 6 points. With f(s)
-= s (s^2 - 1/2) (s^2 - 2), row p of B holds the coefficients of f(s) / (s - p), lowest power first,
-of G (1, p, p^2) / f'(p), of A (1, p, p^2, p^3); infinity has f and the last unit rows. In float32
-the points 0, +-sqrt(1/2), +-sqrt(2) err half as much as 0, +-1, +-2. Two dimensions take the
-matrices on both axes, 36 products instead of 144; sums over channels become matrix products.
+
+so 6 multiplications instead of 12: products of polynomials, from their values at 6 points. With
+f(s) = s (s^2 - 1/2) (s^2 - 2), row p of B holds the coefficients of f(s) / (s - p), lowest power
+first, of G (1, p, p^2) / f'(p), of A (1, p, p^2, p^3); infinity has f and the last unit rows. In
+float32 the points 0, +-sqrt(1/2), +-sqrt(2) err half as much as 0, +-1, +-2. Two dimensions take
+the matrices on both axes, 36 products instead of 144; sums over channels become matrix products.
 
 >>> conv = use(torch.nn.Conv2d(4, 4, 3, padding=1))
 >>> type(conv).__name__, conv(torch.zeros(1, 4, 9, 7)).shape
@@ -146,9 +147,7 @@ class Winograd(nn.Conv2d):
 
 
 def use(net):
-    """Makes every fitting nn.Conv2d of net a Winograd, in place; names and weights stay. Returns
-    net.
-    """
+    """Makes every fitting nn.Conv2d of net a Winograd, in place, and returns net."""
     for module in net.modules():
         if type(module) is nn.Conv2d and fits(module):
             module.__class__ = Winograd
