@@ -270,7 +270,7 @@ def restore(run, args):
     if checkpoint["scaler"]:  # empty unless the run was in float16
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.start, run.unfinished = step, path.name == "next.pt"
-    run.progress |= checkpoint["progress"]
+    run.progress |= {"evaluated": step} | checkpoint["progress"]  # older files do not say it
     changed = [
         name
         for name in ("ranks", "micro_batch", "precision")
@@ -640,10 +640,10 @@ def caught_signals(run):
     the same command makes it again. In the end no loader process is left, whatever happened.
     """
 
-    def catch(number, _):
+    def catch(number, frame):
         run.signals.append(number)
         if run.evaluating:
-            raise SystemExit(128 + number)
+            files.interrupt(number, frame)
 
     before = {number: signal.signal(number, catch) for number in STOP}
     try:

@@ -536,6 +536,48 @@ def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
     }
 
 
+def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_again(
+    world, tmp_path, monkeypatch, capsys
+):
+    out, seen = tmp_path / "out", []
+
+    def interrupted(*_):
+        seen.append(len(seen))
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"miou": 10.0}, []
+
+    monkeypatch.setattr(evaluate, "evaluate_set", interrupted)
+    spec = make_set(tmp_path / "set", n=1)
+    command = [*world[1], *SHORT, *CPU, "--eval", spec, "--eval-every", "2", "--out", str(out)]
+    before = signal.getsignal(signal.SIGTERM)
+    assert train.command(command) == 143
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert read(out / "last.pt")["step"] == 2 and not (out / "best.pt").exists()
+    assert train.command(command) == 0
+    signal.signal(signal.SIGTERM, before)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "miou" in line] == [2, 4, 6] and len(seen) == 4
+    assert read(out / "best.pt")["step"] == 2
+
+
+HOLDS = "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import train\n"
+HOLDS += "held = train.lock(pathlib.Path(sys.argv[2])); print('held', flush=True); time.sleep(600)"
+
+
+@pytest.mark.skipif(train.fcntl is None, reason="no locks here")
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(files.InputError, match=f"in use by process {first.pid} on "):
+        train.lock(tmp_path)
+    first.kill()
+    first.wait()
+    train.lock(tmp_path).close()
+
+
 def test_evaluation_is_that_of_evaluate_py(world, tmp_path):
     spec, out = make_set(tmp_path / "set", n=1, background=True), tmp_path / "out"
     train.main(train.parse_args([*world[1], *SHORT, *CPU, "--eval", spec, "--out", str(out)]))
