@@ -185,7 +185,10 @@ def loaded(items, workers):
     They send arrays, through a pipe: tensors would go through /dev/shm, which Docker keeps small.
     """
     try:
-        yield from DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
+        loader = DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
+        with files.held_signals():
+            items = iter(loader)
+        yield from items
     except RuntimeError as error:  # of DataLoader alone, when a process of its own is gone
         killed = "a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
         raise files.InputError(killed) from error

@@ -117,10 +117,27 @@ share = partial(number, least=0, most=1)
 positive = partial(number, least=0, open_end=True)
 
 
+STOP = (signal.SIGINT, signal.SIGTERM)
+
+
 def ignore_signals(_=None):
     """For processes of a loader: a signal to the whole group stops the run, which ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Ctrl-C and SIGTERM wait for the end: Python drops what a handler raises during a fork."""
+    caught = []
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in STOP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
 
 
 # ---- pictures and texts in ----
@@ -214,8 +231,7 @@ def save_png(path, picture):
 
 def start_worker():
     """In a pool's new process: it ends with the one that started it, however that ended."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # reach all; the first process ends the others
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()  # they reach all; the first process ends the others
     wait = multiprocessing.parent_process().join
     threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
 
@@ -226,7 +242,8 @@ def in_parallel(function, items, processes, what):
     # Unlike multiprocessing.Pool it notices when a process was killed; it starts them in map().
     pool = ProcessPoolExecutor(max(processes, 1), initializer=start_worker)
     try:
-        results = (pool.map if processes > 1 else map)(function, items)
+        with held_signals():
+            results = (pool.map if processes > 1 else map)(function, items)
         yield from tqdm(results, what, len(items), leave=False, delay=1)
     except BrokenProcessPool as error:
         killed = f"{what}: one of {processes} processes was killed; out of memory?"

@@ -47,7 +47,7 @@ import files
 import gcl
 import report
 import winograd
-from files import InputError, count, count_or_zero, positive, share, weight
+from files import STOP, InputError, count, count_or_zero, positive, share, weight
 
 try:
     import fcntl
@@ -55,7 +55,6 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
-STOP = (signal.SIGINT, signal.SIGTERM)
 # the newest first; next.pt is about to be last.pt
 CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")
 

@@ -435,3 +435,19 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(OSError, match="a.txt"):
         files.write_text(path / "b", "under a file")
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"] and path.read_text()[:3] == "one"
+
+
+AT_FORK = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import files
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(files.command(lambda _: list(files.in_parallel(abs, range(4), 2, "what")), None))
+"""
+
+
+@linux
+def test_a_signal_that_arrives_while_a_process_is_forked_is_not_lost():
+    command = [sys.executable, "-c", AT_FORK, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
