@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -19,6 +20,7 @@ RELEASE, RELEASE_STRIPPED = str(GOLDEN / "tcl_tiny_A.pth"), str(GOLDEN / "tcl_ti
 
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # no thread: the tests fork
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,10 @@ def run_ranks(function, *args, ranks=2):
     function stands at the top level of a test module; results are tensors or containers of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (ranks, folder, function, args), nprocs=ranks)
+        # Forked: a new interpreter for each rank would import for seconds.
+        how = "fork" if sys.platform == "linux" else "spawn"
+        given = ranks, folder, function, args
+        torch.multiprocessing.start_processes(_rank, given, ranks, start_method=how)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
