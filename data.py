@@ -251,7 +251,7 @@ def decode_caption(content, from_json):
 def read_pair(path, row):
     """(RGB PIL image, caption) of one row of an index; BadSample."""
     image, text = read_bytes(path, row)
-    return files.read_picture(image), decode_caption(text, row[3] >= JSON)
+    return files.read_picture(io.BytesIO(image)), decode_caption(text, row[3] >= JSON)
 
 
 def pair_name(path, row):
