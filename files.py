@@ -8,7 +8,6 @@ exit code. Needs numpy, pillow and tqdm.
 import argparse
 import contextlib
 import io
-import math
 import multiprocessing
 import os
 import secrets
@@ -16,8 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +24,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # Whatever the suffix says; none of them starts another program, as EPS starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Others, by what is in their first bytes, so that a message can name them.
-OTHERS = {b"ftypavif": "AVIF", b"ftyphei": "HEIC", b"%!PS": "EPS", b"%PDF": "PDF", b"<!DOC": "HTML"}
-MAX_PIXELS = 89_478_485  # of a picture, as in PIL; a JPEG of more than 16 scans may have fewer
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM".split()
+# What PIL warns of it can still read. Once for all threads: catch_warnings() is not safe in them.
+warnings.filterwarnings("ignore", module="PIL")
+STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class InputError(ValueError):
@@ -46,7 +44,7 @@ class PictureError(InputError):
 
 def first_line(error):
     """What another library's error says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    return (str(error) or repr(error)).splitlines()[0][:120]
 
 
 def printable(text):
@@ -67,57 +65,37 @@ def command(main, args):
     signal.signal(signal.SIGTERM, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show
     try:
-        status = main(args) or 0
-        sys.stdout.flush()
-        return status
+        return main(args) or 0
     except BrokenPipeError:  # python data.py check ... | head
         os._exit(141)
     except (InputError, OSError) as error:
         # Lists in a message go on in lines that are indented.
-        words = printable(f"error: {error}").replace("\\n   ", "\n   ")
-        print(words, file=sys.stderr)
+        print(printable(f"error: {error}").replace("\\n   ", "\n   "), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
+        return 128 + (stop.args or STOP)[0]  # Ctrl-C comes without its number
 
 
 # ---- flags and signals ----
 
 
-def count(text, least=1):
-    """A whole number for argparse, from 1 to 2^31."""
+def number(text, words="lie between 0 and inf", kind=float, least=0, most=sys.float_info.max):
+    """A type of flag for argparse: a finite number within bounds; words name them."""
     try:
-        value = int(text)
+        value = kind(text)
+        if least <= value <= most:
+            return value
     except ValueError:
-        value = -1
-    if not least <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text!r}")
-    return value
+        pass
+    raise argparse.ArgumentTypeError(f"must {words}, not {text!r}")
 
 
-def count_or_zero(text):
-    """A whole number for argparse, from 0 to 2^31."""
-    return count(text, least=0)
-
-
-def number(text, least, most=math.inf, open_end=False):
-    """A finite number for argparse within bounds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (least <= value <= most and math.isfinite(value)) or (open_end and value == least):
-        raise argparse.ArgumentTypeError(f"must lie between {least} and {most:g}, not {text!r}")
-    return value
-
-
-weight = partial(number, least=0)
-share = partial(number, least=0, most=1)
-positive = partial(number, least=0, open_end=True)
-
-
-STOP = (signal.SIGINT, signal.SIGTERM)
+weight = number
+positive = partial(number, least=sys.float_info.min)
+share = partial(number, words="lie between 0 and 1", most=1)
+count_or_zero = partial(number, words="be a whole number, at least 0", kind=int, most=2**31 - 1)
+count = partial(count_or_zero, words="be a whole number, at least 1", least=1)
 
 
 def ignore_signals(_=None):
@@ -136,52 +114,43 @@ def held_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in caught[:1]:
-            signal.raise_signal(number)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 # ---- pictures and texts in ----
 
 
 def rgb(image):
-    """A loaded PIL image of any mode as RGB: upright, 16 bits scaled to 8, on white."""
-    flat = image
-    if image.mode[0] in "IF":  # PIL's names of grey in 16 or 32 bits
-        grey = np.asarray(image)  # [h, w]
-        if image.mode == "F" or grey.astype(np.uint32).max() > 65535:
+    """A PIL image of any mode as RGB: upright, 16 bits scaled to 8, on white."""
+    flat = image.copy()  # the caller's stays as it is
+    # The orientation alone is read. Where other fields are broken this fails after the turn.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(flat, in_place=True)
+    if flat.mode[0] in "IF":  # PIL's names of grey in 16 or 32 bits
+        grey = np.array(flat)  # [h, w]
+        if (grey.astype(np.uint16) != grey).any():
             raise PictureError("image", "has float or 32-bit pixels; convert it to 8 or 16 bits")
+        grey[grey == flat.info.get("transparency")] = 65535
         flat = Image.fromarray((grey // 256).astype(np.uint8))
     if flat.has_transparency_data:
         flat = flat.convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
-    flat = flat.convert("RGB")
-    flat.info.clear()  # of an EXIF block the orientation (274) alone is read; others may be broken
-    with contextlib.suppress(Exception):
-        flat.getexif()[274] = image.getexif()[274]
-    return ImageOps.exif_transpose(flat)
+    return flat.convert("RGB")
 
 
 def read_picture(source):
-    """RGB PIL image, rgb() of the first frame of a file (its path, or bytes); PictureError.
+    """RGB PIL image, rgb() of the first frame in a path or an io.BytesIO; PictureError.
 
-    Pixels are counted from the header, and scans of a JPEG by their marks, before any is decoded.
+    PIL refuses one of more than 179 million pixels by its header, before any is decoded.
     """
-    name, content = "" if isinstance(source, bytes) else f"{source}: ", b""
-    if "compile('PIL')" not in str(warnings.filters):  # catch_warnings() is not for threads
-        warnings.filterwarnings("ignore", module="PIL")
     try:
-        with open(source, "rb") if name else io.BytesIO(source) as file:
-            content = file.read(2**30)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
-            if image.width * image.height * max(scans / 16, 1) > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.size} pixels, {scans} scans")
-            image.load()  # a file that is cut off fails here
+        with Image.open(source, formats=FORMATS) as image:
             return rgb(image)
     except Exception as error:  # decoders fail with whatever they stumble over: KeyError, ...
         kind = "size" if isinstance(error, Image.DecompressionBombError) else "image"
-        found = " ".join(other for magic, other in OTHERS.items() if magic in content[:16])
-        why = found or first_line(error).partition("<")[0]  # <_io.BytesIO ...> says nothing
+        name = "" if isinstance(source, io.BytesIO) else f"{source}: "
+        why = first_line(error).partition("<")[0]  # <_io.BytesIO ...> says nothing
         words = f"{name}not a picture that can be read ({why}; {', '.join(FORMATS)} are taken)"
         raise PictureError(kind, words) from error
 
@@ -202,16 +171,15 @@ def write_whole(path, write):
 
     OSError names what cannot be written: torch and numpy have words of their own for a full disk.
     """
-    path = Path(path)
-    # Two processes that write the same file have two names.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes or threads that write the same file have two names.
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
-        raise OSError(f"{path}: cannot be written ({reason})") from error
+        why = first_line(error)
+        raise OSError(f"{path}: cannot be written, is the disk full? ({why})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -238,17 +206,15 @@ def start_worker():
 
 def in_parallel(function, items, processes, what):
     """Yields function(item) of all items in order, from a pool if processes > 1, under a bar."""
-    others = multiprocessing.active_children()
     # Unlike multiprocessing.Pool it notices when a process was killed; it starts them in map().
-    pool = ProcessPoolExecutor(max(processes, 1), initializer=start_worker)
-    try:
-        with held_signals():
-            results = (pool.map if processes > 1 else map)(function, items)
-        yield from tqdm(results, what, len(items), leave=False, delay=1)
-    except BrokenProcessPool as error:
-        killed = f"{what}: one of {processes} processes was killed; out of memory?"
-        raise InputError(killed) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()).difference(others):
-            process.kill()  # at once: what it works on may take minutes
+    with ProcessPoolExecutor(processes or 1, initializer=start_worker) as pool:
+        try:
+            with held_signals():
+                results = (pool.map if processes > 1 else map)(function, items)
+            yield from tqdm(results, what, len(items), leave=False, delay=1)
+        except BrokenExecutor as error:
+            killed = f"{what}: one of {processes} processes was killed; out of memory?"
+            raise InputError(killed) from error
+        finally:  # at once, as an item may take minutes; a program has one pool at a time
+            for process in multiprocessing.active_children():
+                process.kill()

@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +36,7 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 import data
@@ -97,12 +97,13 @@ kite polygon royalblue 0 -100 70 -25 0 50 -70 -25, polygon darkorange 0 -25 70 -
 """
 OBJECTS = dict(line.split(" ", 1) for line in OBJECTS.replace(",\n", ",").split("\n")[1:-1])
 STUFF = dict(
-    grass="#509637",
-    sand="#dcc38c",
-    water="#2869af",
-    sky="#73b4f0",
-    bricks="#a54b3c",
-    wood="#a06e41",
+    words.split()
+    for words in """grass #509637
+sand #dcc38c
+water #2869af
+sky #73b4f0
+bricks #a54b3c
+wood #a06e41""".splitlines()
 )
 CLASSES = [*OBJECTS, *STUFF]
 SETS = "stuff", "background"  # held out: every pixel has a class; objects alone
@@ -196,21 +197,21 @@ def caption(label, rng):
 def draw_shard(job):
     """(path, seed, first index): writes 1,000 pairs as img2dataset does, always the same bytes."""
     path, seed, first = job
-    tar_bytes = io.BytesIO()
-    with tarfile.open(fileobj=tar_bytes, mode="w") as tar:
-        for i in range(first, first + PER_SHARD):
-            rng = np.random.default_rng((seed, 0, i))  # by index: whoever draws it
-            image, label = scene(rng)
-            picture = io.BytesIO()
-            Image.fromarray(image).save(picture, "PNG", compress_level=1)
-            for suffix, content in (
-                ("png", picture.getvalue()),
-                ("txt", caption(label, rng).encode()),
-            ):
-                member = tarfile.TarInfo(f"{i:09d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    files.write_whole(path, lambda file: file.write_bytes(tar_bytes.getvalue()))
+
+    def write(file):
+        with tarfile.open(file, "w") as tar:
+            for i in range(first, first + PER_SHARD):
+                rng = np.random.default_rng((seed, 0, i))  # by index: whoever draws it
+                image, label = scene(rng)
+                picture = io.BytesIO()
+                Image.fromarray(image).save(picture, "PNG", compress_level=1)
+                contents = {"png": picture.getvalue(), "txt": caption(label, rng).encode()}
+                for suffix, content in contents.items():
+                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+    files.write_whole(path, write)
 
 
 def draw_set(job):
@@ -227,8 +228,15 @@ def draw_set(job):
         label.putpalette(np.ravel(palette).tolist())
         files.save_png(folder / f"images/{i:03d}.png", Image.fromarray(image))
         files.save_png(folder / f"labels/{i:03d}.png", label)
-    spec = dict(name=folder.name, images="images", labels="labels", image_suffix=".png")
-    spec |= dict(classes=classes, background=background, palette=palette)
+    spec = dict(
+        name=folder.name,
+        images="images",
+        labels="labels",
+        image_suffix=".png",
+        classes=classes,
+        background=background,
+        palette=palette,
+    )
     files.write_text(folder / "SPEC.json", json.dumps(spec))
 
 
@@ -250,16 +258,14 @@ CONFIG = """{"embed_dim": 128, "quick_gelu": true,
 "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 1}}
 """  # open_clip's own model-config format
 STEPS, BATCH, LR = 500, 128, 2e-3
-START_SCALE = (
-    5  # 1 / temperature; softer than open_clip's 14, so that masks have to learn their area
-)
+# 1 / temperature; softer than open_clip's 14, so that masks have to learn their area.
+START_SCALE = 5
 
 
 def normalised(images):
     """uint8 [B, 48, 48, 3] -> float [B, 3, 48, 48] with CLIP's mean and standard deviation."""
-    mean, std = map(torch.tensor, (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    images = (torch.from_numpy(images) / 255 - mean) / std
-    return images.permute(0, 3, 1, 2).contiguous()  # [B, 3, 48, 48]
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # [B, 3, 48, 48]
+    return normalize(images / 255, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 def pretrain(out, seed):
@@ -278,7 +284,7 @@ def pretrain(out, seed):
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, LR, STEPS, pct_start=0.1, cycle_momentum=False
     )
-    for _ in (bar := tqdm(range(STEPS), "pretraining CLIP", mininterval=1, disable=rank > 0)):
+    for _ in tqdm(range(STEPS), "pretraining CLIP", mininterval=1, disable=rank > 0):
         picks = rng.choice(len(pairs), BATCH, replace=False)[rank::ranks]
         images, texts = zip(*map(pairs.read, picks), strict=True)
         # The fused attention kernel is slow backwards on CPUs: with 37 tokens the plain one takes
@@ -289,7 +295,6 @@ def pretrain(out, seed):
             loss.backward()
         optimiser.step()
         rate.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if rank == 0:
         files.write_text(out / "clip/toy-clip.json", CONFIG)
         files.write_whole(
@@ -353,16 +358,8 @@ def call(script, *arguments, ranks=1):
 def train_row(row, out, seed, resume="never"):
     """Trains the adapter of one row -> OUT/ROW/last.pt."""
     flags = *TRAIN.split(), *(ROWS | ABLATION)[row].split(), "--seed", seed, "--resume", resume
-    call(
-        "train.py",
-        "--data",
-        *shards_of(out),
-        *clip_of(out),
-        *flags,
-        "--out",
-        folder_of(out, row),
-        ranks=CORES,
-    )
+    paths = "--data", *shards_of(out), *clip_of(out), "--out", folder_of(out, row)
+    call("train.py", *paths, *flags, ranks=CORES)
 
 
 def evaluate_row(row, out):
@@ -387,23 +384,20 @@ def once(what, mark, key, work):
 
     work gets train.py's --resume: it goes on where it was stopped, if that was for this key too.
     """
-    done = json.loads(mark.read_text()) if mark.is_file() else {}
-    if done.get("key") != key or "seconds" not in done:
-        files.write_text(mark, json.dumps({"key": key}))
-        start = time.perf_counter()
-        work("auto" if done.get("key") == key else "never")
-        done = {"key": key, "seconds": round(time.perf_counter() - start)}
-        files.write_text(mark, json.dumps(done))
-    print(f"[{done['seconds']} s] {what}", flush=True)
+    state = files.read_text(mark) if mark.is_file() else ""
+    if state != f"{key} done":
+        files.write_text(mark, f"{key} begun")
+        work("auto" if state == f"{key} begun" else "never")
+        files.write_text(mark, f"{key} done")
+    print(f"done: {what}", flush=True)
 
 
-def run_row(row, out, seed):
+def run_row(row, out, seed, key):
     """Trains and evaluates one row -> its mIoU."""
     folder = folder_of(out, row)
-    key = [seed, *(zlib.crc32(path.read_bytes()) for path in sorted(HERE.glob("*.py")))]
     if row != "MaskCLIP":
-        once(f"trained {row}", folder / "trained.json", key, lambda r: train_row(row, out, seed, r))
-    once(f"evaluated {row}", folder / "evaluated.json", key, lambda _: evaluate_row(row, out))
+        once(f"trained {row}", folder / "trained", key, lambda r: train_row(row, out, seed, r))
+    once(f"evaluated {row}", folder / "evaluated", key, lambda _: evaluate_row(row, out))
     draw_sheet(out)
     return miou_of(row, out)
 
@@ -418,14 +412,15 @@ def examples(folder, count):
     return names[:count]
 
 
-def draw_sheet(out, rows=5):
+def draw_sheet(out):
     """OUT/toy.png: image, label and what is known of MaskCLIP and GCL, for both held-out sets."""
     columns, titles, blank = [], [], Image.new("RGB", (SIZE, SIZE), "white")
     for name, title in itertools.product(SETS, ("image", "label", *ROWS)):
         data_folder = out / "data" / name
-        folder = folder_of(out, title) / "eval/predictions" / name
-        folder = folder if title in ROWS else data_folder / f"{title}s"
-        paths = [folder / file for file in examples(data_folder / "labels", rows)]
+        folder = data_folder / f"{title}s"
+        if title in ROWS:
+            folder = folder_of(out, title) / "eval/predictions" / name
+        paths = [folder / file for file in examples(data_folder / "labels", 5)]
         columns.append([Image.open(p).convert("RGB") if p.is_file() else blank for p in paths])
         titles.append(f"{name}: image" if title == "image" else title)
     legend = list(zip(("background", *CLASSES), PALETTE, strict=True))
@@ -435,17 +430,13 @@ def draw_sheet(out, rows=5):
 
 def run(out, seed, rows):
     """All four parts in order; what an earlier call has finished is kept."""
-    key = [seed, zlib.crc32(Path(__file__).read_bytes())]
-    once("drew the world", out / "data/done.json", key, lambda _: draw_world(out, seed))
+    key = [seed, *(zlib.crc32(path.read_bytes()) for path in sorted(HERE.glob("*.py")))]
+    once("drew the world", out / "data/done", key, lambda _: draw_world(out, seed))
     draw_sheet(out)
     print(f"first pictures: {out / 'toy.png'}")
-    once(
-        "pretrained CLIP",
-        out / "clip/done.json",
-        key,
-        lambda _: call("toy.py", "--pretrain", "--out", out, "--seed", seed, ranks=CORES),
-    )
-    found = ThreadPoolExecutor(CORES).map(lambda row: run_row(row, out, seed), rows)
+    flags = "--pretrain", "--out", out, "--seed", seed
+    once("pretrained CLIP", out / "clip/done", key, lambda _: call("toy.py", *flags, ranks=CORES))
+    found = ThreadPoolExecutor(CORES).map(lambda row: run_row(row, out, seed, key), rows)
     miou = dict(zip(rows, found, strict=True))
     print(f"\n{'mIoU':18}{'stuff':>8}{'background':>12}{'at its best threshold':>24}")
     for row, m in miou.items():
@@ -461,15 +452,13 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--out", type=Path, default="runs/toy", help="folder for all that is written")
-    add("--seed", type=int, default=0, help="of the world, of CLIP and of the adapter's training")
+    add("--seed", type=files.count_or_zero, default=0, help="of world, CLIP and training")
     add("--ablate", action="store_true", help="also the rows of Table 2: eight more trainings")
     for hidden in "--explain", "--pretrain":
         add(hidden, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.explain:
         parser.error(f"--explain is a program of its own now: python explain.py --out {args.out}")
-    if args.out.is_file() or args.seed < 0:
-        parser.error(f"--out {args.out} must not be a file, --seed {args.seed} not negative")
     return args
 
 

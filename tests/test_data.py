@@ -323,7 +323,7 @@ def test_all_odd_shards_are_named_at_once(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"unreadable shards +8  .*/empty.tar: .*; .*/link.tar", out)
     assert re.search(r"shards without pairs +1  .*/none.tar: ", out)
-    assert re.search(r"good pairs +5  ", out)
+    assert re.search(r"^pairs +5$", out, re.M)
 
 
 def test_a_shard_without_pairs_is_wrong_in_a_check_and_a_warning_in_training(tmp_path, capsys):
@@ -667,9 +667,7 @@ def test_crops_are_bicubic_and_bilinear_in_the_release_recipe(strong):
 def test_a_check_decodes_everything_and_says_what_is_wrong(tmp_path, capsys):
     good = make_shards(tmp_path / "good", shards=2, pairs=3)
     assert data.check_shards([good]) == 0
-    assert re.search(
-        r"^good pairs +6  on average 40 x 36 pixels, 11 char", capsys.readouterr().out, re.M
-    )
+    assert re.search(r"^pairs +6$", capsys.readouterr().out, re.M)
     members = pair("a") + pair("b", image=b"x") + pair("c", " ") + pair("d", image=b"y") + pair("a")
     content = open(
         write_tar(tmp_path / "good/bad.tar", members + [("e.txt", b"half")]), "rb"
@@ -739,12 +737,11 @@ def test_resume_is_arithmetic():
     assert list(rest) == whole[5:] and len(rest) == 4
 
 
-OLD = ["check --datasets voc --data-root d", "prepare-context --data-root d", "check my/SPEC.json"]
+OLD = ["check --datasets voc --data-root d", "prepare-context --data-root d"]
 
 
 @pytest.mark.parametrize("line", [*OLD, "check", ""])
 def test_who_types_an_old_command_is_told_where_it_is(line, capsys):
     with pytest.raises(SystemExit) as end:
         data.parse_args(line.split())
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and (not line or "python benchmarks.py check" in last)
+    assert end.value.code == 2 and "python benchmarks.py check" in capsys.readouterr().err

@@ -30,6 +30,10 @@ def encode(image, kind="PNG", **options):
     return file.getvalue()
 
 
+def read(content):
+    return files.read_picture(io.BytesIO(content))
+
+
 def grey(value, mode="RGB", size=(30, 20)):
     return Image.new("RGB", size, (value,) * 3).convert(mode)
 
@@ -37,6 +41,13 @@ def grey(value, mode="RGB", size=(30, 20)):
 def deep(value=90 * 256 + 200):
     """A grey picture of 16 bits."""
     return Image.fromarray(np.full((20, 30), value, dtype=np.uint16))
+
+
+def deep_png_without(value):
+    """The same as a PNG that calls a grey transparent."""
+    content, chunk = encode(deep()), b"tRNS" + struct.pack(">H", value)
+    at = content.index(b"IDAT") - 4
+    return content[:at] + struct.pack(">I6sI", 2, chunk, zlib.crc32(chunk)) + content[at:]
 
 
 IMAGES = {  # bytes of an image, and the grey value it is to be shown in
@@ -49,6 +60,8 @@ IMAGES = {  # bytes of an image, and the grey value it is to be shown in
     "palette, half transparent": (encode(grey(204, "P"), transparency=bytes([128]) * 256), 229),
     "1 bit": (encode(grey(255, "1")), 255),
     "16 bit png": (encode(deep()), 90),
+    "16 bit png, its grey transparent": (deep_png_without(90 * 256 + 200), 255),
+    "16 bit png, another grey transparent": (deep_png_without(90 * 256), 90),
     "16 bit tiff": (encode(deep(), "TIFF"), 90),
     "16 bit pgm": (b"P5 30 20 65535\n" + b"\x5a\xc8" * 600, 90),
     "16 bit tiff of a Macintosh": (
@@ -75,10 +88,10 @@ IMAGES = {  # bytes of an image, and the grey value it is to be shown in
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_every_kind_of_image_becomes_rgb(name, recwarn):
+def test_every_kind_of_image_becomes_rgb(name):
     content, value = IMAGES[name]
-    image = files.read_picture(content)
-    assert (image.mode, image.size) == ("RGB", (30, 20)) and not recwarn.list
+    image = read(content)
+    assert (image.mode, image.size) == ("RGB", (30, 20))
     assert np.abs(np.array(image).astype(int) - value).max() <= 1
 
 
@@ -109,7 +122,7 @@ def test_every_orientation_is_put_upright(orientation, kind):
         stored = stored.convert("RGBA")
     options = {"lossless": True} if kind == "WEBP" else {}
     kind = kind if kind.isupper() else "PNG"
-    picture = files.read_picture(encode(stored, kind, exif=exif, **options))
+    picture = read(encode(stored, kind, exif=exif, **options))
     assert np.array_equal(np.array(picture), TURNS[orientation](expected))
 
 
@@ -126,13 +139,13 @@ BLOCKS = {  # broken EXIF: bytes, and the picture's size
 }
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")  # files.py's own filter ends where a test begins
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_broken_exif_block_does_not_make_a_picture_bad(kind, name, recwarn):
+def test_a_broken_exif_block_does_not_make_a_picture_bad(kind, name):
     block, size = BLOCKS[name]
     start = b"Exif\0\0" if kind == "JPEG" else b""
-    picture = files.read_picture(encode(Image.fromarray(COLOURS), kind, exif=start + block))
-    assert picture.size == size and not recwarn.list
+    assert read(encode(Image.fromarray(COLOURS), kind, exif=start + block)).size == size
 
 
 def test_no_warning_comes_through_from_threads_and_processes(tmp_path):
@@ -150,9 +163,9 @@ import files
 if __name__ == "__main__":
     paths = sorted(Path({str(tmp_path)!r}).glob("*.jpg"))
     with ThreadPoolExecutor(8) as pool:
-        sizes = list(pool.map(files.read_picture, paths * 5))
-    sizes += list(files.in_parallel(files.read_picture, paths, 2, "reading"))
-    print(len(sizes), {{picture.size for picture in sizes}})
+        pictures = list(pool.map(files.read_picture, paths * 5))
+    pictures += list(files.in_parallel(files.read_picture, paths, 2, "reading"))
+    print(len(pictures), {{picture.size for picture in pictures}})
 """
     command = [sys.executable, "-W", "always", "-c", program]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -174,34 +187,31 @@ BAD_IMAGES = {
     ),
     "float": (encode(Image.new("F", (30, 20), 0.5), "TIFF"), "image"),
     "32 bit": (encode(Image.new("I", (30, 20), 1 << 20), "TIFF"), "image"),
+    "below zero": (encode(Image.new("I", (30, 20), -1), "TIFF"), "image"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_says_so(name, recwarn):
+def test_a_bad_image_says_so(name):
     content, reason = BAD_IMAGES[name]
     with pytest.raises(files.PictureError) as bad:
-        files.read_picture(content)
-    assert bad.value.reason == reason and not recwarn.list
+        read(content)
+    assert bad.value.reason == reason
     assert "\n" not in str(bad.value) and "BytesIO" not in str(bad.value)
 
 
 @pytest.mark.parametrize(
-    ("start", "name"),
-    [
-        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS"),
-        (b"%PDF-1.7", "PDF"),
-        (b"<!DOCTYPE html>", "HTML"),
-    ],
+    "start",
+    [b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", BAD_IMAGES["postscript"][0], b"%PDF-1.7"],
 )
-def test_a_format_that_is_not_taken_is_named_with_those_that_are(
-    tmp_path, start, name, monkeypatch
+def test_a_format_that_is_not_taken_starts_no_program_and_is_told_those_that_are(
+    tmp_path, start, monkeypatch
 ):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     (tmp_path / "a.jpg").write_bytes(start + bytes(500))
-    words = rf"a.jpg: not a picture that can be read \({name}; JPEG, PNG, .*, PPM are taken"
+    words = (
+        r"a.jpg: not a picture that can be read \(cannot identify .*; JPEG, PNG, .*, PPM are taken"
+    )
     with pytest.raises(files.PictureError, match=words):
         files.read_picture(tmp_path / "a.jpg")
 
@@ -228,32 +238,14 @@ def with_sides(kind, side):
     return content[:at] + struct.pack(">HH", side, side) + content[at + 4 :]
 
 
-def scans(content, n):
-    """A progressive JPEG with its last scan n times more."""
-    at = content.rindex(b"\xff\xda")
-    return content[:-2] + content[at:-2] * n + content[-2:]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        # just above the limit, above twice the limit, far above
-        *(with_sides("PNG", side) for side in (9_500, 20_000, 60_000)),
-        with_sides("JPEG", 9_500),
-        scans(with_sides("JPEG", 2_500), 300),
-    ],
-    ids=["PNG", "PNG 20", "PNG 60", "JPEG", "300 scans"],
-)
-def test_what_would_take_long_to_decode_is_refused_by_its_header(content, recwarn, monkeypatch):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_what_would_take_long_to_decode_is_refused_by_its_header(kind, monkeypatch):
     for plugin in (PngImageFile, JpegImageFile):
         monkeypatch.setattr(plugin, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(files.PictureError, match="pixels") as bad:
-        files.read_picture(content)
-    assert bad.value.reason == "size" and not recwarn.list
-
-
-def test_a_small_picture_may_have_300_scans():
-    assert files.read_picture(scans(with_sides("JPEG", 200), 300)).size == (200, 200)
+    for side in (13_500, 60_000):  # just above the limit, far above
+        with pytest.raises(files.PictureError, match="pixels") as bad:
+            read(with_sides(kind, side))
+        assert bad.value.reason == "size"
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
@@ -275,7 +267,7 @@ def test_of_many_frames_the_first_alone_is_read(kind, monkeypatch):
         monkeypatch.setattr(
             plugin, "_seek", lambda self, n, *a, seek=seek: seeks.append(n) or seek(self, n, *a)
         )
-    assert files.read_picture(content).getpixel((3, 3)) == (204, 204, 204)
+    assert read(content).getpixel((3, 3)) == (204, 204, 204)
     assert len(seeks) <= 2
 
 
@@ -287,7 +279,7 @@ def test_no_damaged_image_brings_anything_but_a_picture_error():
             damaged = np.frombuffer(content, dtype=np.uint8).copy()
             damaged[rng.integers(0, min(120, len(damaged)), 6)] = rng.integers(0, 256, 6)
             try:
-                assert files.read_picture(damaged.tobytes()).mode == "RGB"
+                assert read(damaged.tobytes()).mode == "RGB"
             except files.PictureError as bad:
                 assert bad.reason in ("image", "size")
 
@@ -426,11 +418,11 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         raise error
 
     errors = {
-        "is the disk full. unexpected pos 64 vs 0": RuntimeError("unexpected pos 64 vs 0\nTrace:"),
-        "No space left on device": OSError(28, "No space left on device"),
+        "unexpected pos 64 vs 0": RuntimeError("unexpected pos 64 vs 0\nTrace:"),
+        r"\[Errno 28\] No space left on device": OSError(28, "No space left on device"),
     }
     for words, error in errors.items():
-        with pytest.raises(OSError, match=rf"a.txt: cannot be written \({words}\)"):
+        with pytest.raises(OSError, match=rf"a.txt: cannot be written, is .* full. \({words}\)"):
             files.write_whole(path, lambda temporary, error=error: fail(temporary, error))
     with pytest.raises(OSError, match="a.txt"):
         files.write_text(path / "b", "under a file")

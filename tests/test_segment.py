@@ -355,7 +355,7 @@ def test_names_and_texts_of_any_bytes_reach_an_ascii_terminal_escaped(here, worl
     line = [str(here / "odd"), "--texts", *texts, "--checkpoint", world.checkpoint]
     line += [*map(str, FLAGS), "--out", str(here / "o")]
     result = run("segment.py", *line, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    check_refused(result, 1, "broken.png", "AVIF")
+    check_refused(result, 1, "broken.png", "not a picture that can be read")
     assert result.stdout.isascii() and "\x1b" not in result.stdout + result.stderr
     assert "ph\\udcf6to \\x1b[31m[1]\\n.png: m\\x1b[2Joon" in result.stdout
     assert segment.main(segment.parse_args([*line, "--json"])) == 1

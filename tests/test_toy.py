@@ -155,7 +155,7 @@ def test_the_toy_clip_is_one_that_gcl_loads(tmp_path):
 
 
 def test_a_stage_is_done_once_for_a_seed_and_goes_on_where_it_was(tmp_path):
-    calls, mark = [], tmp_path / "done.json"
+    calls, mark = [], tmp_path / "done"
 
     def stopped(resume):
         calls.append(resume)
