@@ -7,6 +7,7 @@ exit code. Needs numpy, pillow and tqdm.
 
 import argparse
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -25,8 +26,7 @@ from tqdm import tqdm
 
 # Whatever the suffix says; none of them starts another program, as EPS starts Ghostscript.
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM".split()
-# What PIL warns of it can still read. Once for all threads: catch_warnings() is not safe in them.
-warnings.filterwarnings("ignore", module="PIL")
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture; a JPEG of more than 16 scans may have fewer
 STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,7 +65,9 @@ def command(main, args):
     signal.signal(signal.SIGTERM, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show
     try:
-        return main(args) or 0
+        status = main(args) or 0
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # python data.py check ... | head
         os._exit(141)
     except (InputError, OSError) as error:
@@ -139,13 +141,24 @@ def rgb(image):
     return flat.convert("RGB")
 
 
+@functools.cache  # once for all threads: catch_warnings() is not safe in them
+def silence_pil():
+    """What PIL warns of, it can still read."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def read_picture(source):
     """RGB PIL image, rgb() of the first frame in a path or an io.BytesIO; PictureError.
 
-    PIL refuses one of more than 179 million pixels by its header, before any is decoded.
+    Pixels are counted from the header, and scans of a JPEG by their marks, before any is decoded.
     """
+    silence_pil()
     try:
         with Image.open(source, formats=FORMATS) as image:
+            image.fp.seek(0)
+            scans = image.fp.read().count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            if image.width * image.height * max(scans / 16, 1) > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.size} pixels, {scans} scans")
             return rgb(image)
     except Exception as error:  # decoders fail with whatever they stumble over: KeyError, ...
         kind = "size" if isinstance(error, Image.DecompressionBombError) else "image"
@@ -178,8 +191,8 @@ def write_whole(path, write):
         write(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        why = first_line(error)
-        raise OSError(f"{path}: cannot be written, is the disk full? ({why})") from error
+        why = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
+        raise OSError(f"{path}: cannot be written ({why})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
