@@ -9,22 +9,20 @@ Stages: segment (a window against open_clip's own image forward of it), train (f
 against open_clip's forward of the batch), pamr (against the tensor of all neighbours), loader (64
 pairs of one process against decode and resize), evaluate (an image against open_clip's forward of
 its windows). Both sides of a ratio run in turn; it is the median of the rounds' ratios. Floors are
-always float32. Memory is the peak above an idle process, each stage in a process of its own.
+always float32.
 """
 
 import argparse
 import copy
 import itertools
 import json
-import multiprocessing
-import resource
-import statistics
 import sys
 import tarfile
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -51,7 +49,7 @@ def plain(net, *shape):
 
 def classes(net, k):
     """Random text embeddings [k, C]."""
-    return F.normalize(torch.randn(k, net.clip.visual.proj.shape[1], device=net.w.device))
+    return F.normalize(torch.randn(k, net.clip.visual.output_dim, device=net.w.device))
 
 
 # ---- the stages: each yields its cases (what, floor, run), two functions to be measured ----
@@ -83,20 +81,17 @@ def yardstick(image, mask):
     """PAMR in the usual way, with all neighbours: image [B, 3, H, W], mask [B, K, H, W]."""
 
     def around(x):
-        """[B, C, H, W] -> [B, dilations, C, 9, H, W], the centre fifth."""
-        cuts = [F.unfold(F.pad(x, (d,) * 4, "replicate"), 3, dilation=d) for d in DILATIONS]
-        return torch.stack(cuts, 1).view(
-            len(x), len(cuts), -1, 9, *x.shape[2:]
-        )  # [B, d, C, 9, H, W]
+        """[B, C, H, W] -> [B, C, 9 * dilations, H * W], each nine with the centre fifth."""
+        cuts = [F.unfold(F.pad(x, (d,) * 4, "replicate"), 3, d) for d in DILATIONS]  # [B, C*9, H*W]
+        return torch.cat([cut.unflatten(1, (-1, 9)) for cut in cuts], 2)  # [B, C, 9*d, H*W]
 
     near = around(image)
-    sigma = near.std((1, 3), keepdim=True)  # [B, 1, 3, 1, H, W]
-    weights = (near - image[:, None, :, None]).abs() / (1e-8 + 0.1 * sigma)
-    weights = (-weights.mean(2, keepdim=True)).exp()  # [B, dilations, 1, 9, H, W]
-    weights[:, :, :, 4] = 0  # the place itself
-    weights /= weights.sum((1, 3), keepdim=True)
+    weights = (near - near[:, :, 4:5]).abs() / (1e-8 + 0.1 * near.std(2, keepdim=True))
+    weights = (-weights.mean(1, keepdim=True)).exp()  # [B, 1, 9 * dilations, H * W]
+    weights[:, :, 4::9] = 0  # the place itself
+    weights /= weights.sum(2, keepdim=True)
     for _ in range(10):
-        mask = (weights * around(mask)).sum((1, 3))  # [B, K, H, W]
+        mask = (weights * around(mask)).sum(2).view_as(mask)  # [B, K, H*W] -> [B, K, H, W]
     return mask
 
 
@@ -109,34 +104,33 @@ def refine(net, tokenizer, args):
 
 
 def loader(net, tokenizer, args):
-    """Pairs of one loader process, from a shard on the disk; smooth pictures of a photo's size."""
-    torch.set_num_threads(1)  # as a loader process has
-    size, folder = net.clip.visual.image_size[0], tempfile.TemporaryDirectory()
-    jpg, txt, shard = (Path(folder.name, name) for name in ("jpg", "txt", "0.tar"))
-    Image.radial_gradient("L").resize((500, 375)).convert("RGB").save(jpg, "JPEG", quality=90)
-    txt.write_text("a photo")
-    with tarfile.open(shard, "w") as tar:
-        for k, path in itertools.product(range(64), (jpg, txt)):
-            tar.add(path, f"{k:09d}.{path.name}")
-    transform = data.train_transform(size, gcl.CLIP_NORM, False)
-    pairs = data.PairDataset([str(shard)], transform, tokenizer, (size // 4, size // 4))
+    """Pairs of one loader process, from a shard on the disk; a smooth picture of a photo's size."""
+    size = net.clip.visual.image_size[0]
+    with tempfile.TemporaryDirectory() as folder:
+        jpg, txt, shard = (Path(folder, name) for name in ("0.jpg", "0.txt", "0.tar"))
+        Image.radial_gradient("L").resize((500, 375)).convert("RGB").save(jpg, quality=90)
+        txt.write_text("a photo")
+        with tarfile.open(shard, "w") as tar:
+            tar.add(jpg, jpg.name)
+            tar.add(txt, txt.name)
+        transform = data.train_transform(size, gcl.CLIP_NORM, False)
+        pairs = data.PairDataset([str(shard)], transform, tokenizer, (size // 4, size // 4))
 
-    def floor():
-        for _ in range(64):
-            Image.open(f"{folder.name}/jpg").resize((size, size), Image.Resampling.BICUBIC)
+        def floor():
+            for _ in range(64):
+                Image.open(jpg).resize((size, size), Image.Resampling.BICUBIC)
 
-    yield "64 pairs", floor, lambda: [pairs[k, k] for k in range(64)]
+        yield "64 pairs", floor, lambda: [pairs[position, 0] for position in range(64)]
 
 
 def whole(net, tokenizer, args):
     """Windows, masks and scores of an image of a photo's size."""
-    settings, side = evaluate.parse_args(["--datasets", "voc"]), args.window
-    vars(settings).update(window=side, short_side=side, stride=-(-side // 2))
-    text = classes(net, args.classes[0])
+    side, stride, text = args.window, -(-args.window // 2), classes(net, args.classes[0])
+    flags = f"--datasets voc --precision {args.precision} --short-side {side}"
+    settings = evaluate.parse_args(f"{flags} --window {side} --stride {stride}".split())
     image = np.zeros((375, 500, 3), np.uint8)
-    label = torch.zeros(image.shape[:2], dtype=torch.int64, device=text.device)
-    n = len(evaluate.windows(*evaluate.resized(*label.shape, side), side, settings.stride))
-    settings.precision = args.precision
+    label = torch.zeros(375, 500, dtype=torch.int64, device=text.device)
+    n = len(evaluate.windows(*evaluate.resized(375, 500, side), side, stride))
 
     def run():
         masks = evaluate.segment_image(net, image, text, settings)
@@ -148,95 +142,71 @@ def whole(net, tokenizer, args):
 STAGES = {"segment": segment, "train": train, "pamr": refine, "loader": loader, "evaluate": whole}
 
 
-# ---- time, memory, the table ----
-
-
-def memory(device):
-    """The peak of this process so far, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, but on macOS bytes
-    return peak if sys.platform == "darwin" else 1024 * peak
+# ---- time, the table ----
 
 
 def measure(stage, args):
-    """The rows of a stage. In a fresh process, where no other stage has left its memory."""
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    device = backbone.pick_device(args.device)
+    """Yields the rows of a stage."""
+    torch.set_num_threads(1 if stage == "loader" else args.threads)  # a loader process has one
+    device, half = backbone.pick_device(args.device), evaluate.PRECISIONS[args.precision]
     clip, tokenizer = gcl.load_clip(args.model, None, device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    cases, rows = list(STAGES[stage](gcl.GCL(clip), tokenizer, args)), []
 
-    def seconds(side, dtype=None):
+    def seconds(side, half=None):
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, half, enabled=bool(half)):
             side()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return time.perf_counter() - start
 
-    idle = memory(device)
-    for what, _, run in cases:  # from small to large, and before any floor: a peak only rises
-        seconds(run, dtype)
-        rows.append({"stage": stage, "what": what, "bytes": memory(device) - idle})
-    for row, (_, floor, run) in zip(rows, cases, strict=True):
-        seconds(floor)  # both sides are warm now
-        rounds = [(seconds(floor), seconds(run, dtype)) for _ in range(args.rounds)]
-        row["floor_times"], row["times"] = zip(*rounds, strict=True)
-        row["floor_seconds"], row["seconds"] = map(statistics.median, zip(*rounds, strict=True))
-        row["ratio"] = statistics.median(time / floor for floor, time in rounds)
-    return rows
+    for what, floor, run in STAGES[stage](gcl.GCL(clip), tokenizer, args):
+        # The first round warms up.
+        rounds = [(seconds(floor), seconds(run, half)) for _ in range(1 + args.rounds)][1:]
+        floors, times = zip(*rounds, strict=True)
+        yield {
+            "stage": stage,
+            "what": what,
+            "floor_times": floors,
+            "times": times,
+            "floor_seconds": median(floors),
+            "seconds": median(times),
+            "ratio": median(own / floor for floor, own in rounds),
+        }
 
 
 def main(args):
     """Measures the stages one after the other; then --json."""
     print(f"{args.model}, {args.precision}, torch {torch.__version__}, {args.rounds} rounds\n")
-    print("| stage | what | seconds | floor | ratio | MB |\n|---|---|---|---|---|---|", flush=True)
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for found in pool.imap(partial(measure, args=args), args.stages):
-            for row in found:
-                figures = (f"{row[key]:.3g}" for key in ("seconds", "floor_seconds", "ratio"))
-                cells = row["stage"], row["what"], *figures, f"{row['bytes'] / 1e6:.0f}"
-                print("|", " | ".join(cells), "|", flush=True)
-            rows += found
+    print("| stage | what | seconds | floor | ratio |\n|---|---|---|---|---|", flush=True)
+    rows, line = [], "| {stage} | {what} | {seconds:.3g} | {floor_seconds:.3g} | {ratio:.3g} |"
+    for stage in args.stages:
+        for row in measure(stage, args):
+            print(line.format(**row), flush=True)
+            rows.append(row)
     if args.json:
         facts = vars(args) | {"torch": torch.__version__, "rows": rows}
         files.write_text(args.json, json.dumps(facts, indent=1))
 
 
-def positive(text):
-    """A whole number above 0."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_args(argv=None):
     """The command line; wrong calls end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = p.add_argument
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, number = p.add_argument, {"type": files.count}
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     add("--json", metavar="FILE", help="also write the rows, with the times of every round")
-    add(
-        "--precision",
-        choices=["fp32", "bf16", "fp16"],
-        default="fp32",
-        help="of segment, train and evaluate",
-    )
+    half = "of segment, train and evaluate"
+    add("--precision", choices=evaluate.PRECISIONS, default="fp32", help=half)
     add("--model", default="ViT-B-16-quickgelu", help="open_clip name or config, random weights")
     add("--device", help="cuda, mps or cpu; default: the best there is")
-    for flag, count, default, what in (
-        ("--classes", "+", [21, 60, 171], "numbers of classes"),
-        ("--batches", "+", [8, 16], "of the training step"),
-        ("--micro-batch", None, None, "images at a time, as train.py has it"),
-        ("--window", None, 448, "side of the window in pixels; PAMR's masks have a quarter"),
-        ("--rounds", None, 5, "of each measurement, after one to warm up"),
-        ("--threads", None, None, "of the CPU; default: torch's own"),
-    ):
-        add(flag, type=positive, nargs=count, default=default, help=what)
+    add("--classes", **number, nargs="+", default=[21, 60, 171], help="numbers of classes")
+    add("--batches", **number, nargs="+", default=[8, 16], help="of the training step")
+    add("--micro-batch", **number, help="images at a time, as train.py has it")
+    side = "side of the window in pixels; PAMR's masks have a quarter"
+    add("--window", **number, default=448, help=side)
+    add("--rounds", **number, default=5, help="of each measurement, after one to warm up")
+    own = torch.get_num_threads()
+    add("--threads", **number, default=own, help="of the CPU; default: torch's own")
     return p.parse_args(argv)
 
 

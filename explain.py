@@ -25,26 +25,29 @@ import ops
 import toy
 from report import put_text
 
-# Title | numbers of its equations | what is to be seen; {other} is another pair's caption.
-STORY = """A pair |  | A picture and its caption, as the web has them. Nobody has drawn a mask:
- that this text belongs to this picture is all that the model is ever told.
-Patch similarities | 3 | CLIP, which is never changed, makes one vector of the text and one of
- each of 36 patches. The darker the blue, the more a patch is like the text: coarse and noisy.
-Soft mask | 4, 5 | The adapter, the only network that learns, turns the patches into a grid four
- times finer. White: this place belongs to the text. Black: it does not. Grey: between.
-Yes or no, Figure 3 line 14 |  | To cut out of the picture, every place is drawn to be in or out:
+# Title | what is to be seen; {other} is another pair's caption.
+STORY = """A pair | A picture and its caption, as the web has them. Nobody has drawn a mask: that
+ this text belongs to this picture is all that the model is ever told.
+Patch similarities, equation (3) | CLIP, which is never changed, makes one vector of the text and
+ one of each of 36 patches. The darker the blue, the more a patch is like the text: coarse and
+ noisy.
+Soft mask, Eqs. (4), (5) | The adapter, the only network that learns, turns the patches into a grid
+ four times finer. White: this place belongs to the text. Black: it does not. Grey: between.
+Yes or no, Figure 3 line 14 | To cut out of the picture, every place is drawn to be in or out:
  white with the soft mask's probability (Gumbel). What is learned still flows back to the soft
  mask.
-Masked picture | 2, 6 | What is left goes through CLIP as a picture of its own. It has to be like
- its text and unlike the other texts, so the mask must keep what the text means. Grey is cut out.
-A negative mask | 5, 8, 9 | The mask of another pair's text, "{other}", in this picture. It should
- be empty. The places of each mask are averaged to one vector per picture and text.
-Masked pictures against texts | 6, 7 | Row: one of the pictures below, cut by its own text's mask.
- Column: a text. The loss raises the outlined diagonal, the true pairs, above all others.
-Averaged places against texts | 8, 9 | The same, but each picture averaged over the mask of each
- text. Only here do negative masks take part, and learn to stay empty.
-What is minimised | 10, 11, 12 | The two losses; how far the area of true masks is from 40 %
- of the picture and that of negative masks from 0; roughness (TV); and their weighted sum."""
+Masked picture, Eqs. (2), (6) | What is left goes through CLIP as a picture of its own. It has to
+ be like its text and unlike the other texts, so the mask must keep what the text means. Grey is
+ cut out.
+A negative mask, Eqs. (5), (8), (9) | The mask of another pair's text, "{other}", in this picture.
+ It should be empty. The places of each mask are averaged to one vector per picture and text.
+Masked pictures against texts, Eqs. (6), (7) | Row: one of the pictures below, cut by its own
+ text's mask. Column: a text. The loss raises the outlined diagonal, the true pairs, above all
+ others.
+Averaged places against texts, Eqs. (8), (9) | The same, but each picture averaged over the mask of
+ each text. Only here do negative masks take part, and learn to stay empty.
+What is minimised, Eqs. (10), (11), (12) | The two losses; how far the area of true masks is from
+ 40 % of the picture and that of negative masks from 0; roughness (TV); and their weighted sum."""
 STORY = [line.split(" | ") for line in STORY.replace("\n ", " ").splitlines()]
 TERMS = {
     "gcl_v": "loss of 7.",
@@ -87,7 +90,10 @@ def one_step(net, images, tokens, noise):
 
 
 def story_pairs(shard, count=6):
-    """The first pairs of a shard whose captions name one object and nothing else, all different."""
+    """Images and captions of the first pairs of a shard that name one object alone, each another.
+
+    The last of them comes first: its pictures are those that are shown.
+    """
     pairs, found = data.PairDataset([str(shard)], None, None, (1, 1)), {}
     for image, text in map(pairs.read, range(len(pairs))):
         named = [name for name in toy.CLASSES if name in text]
@@ -95,30 +101,35 @@ def story_pairs(shard, count=6):
             found.setdefault(named[0], (np.array(image), text))
     # Chosen by hand for seed 0: training helps the mask of its last pair, a bee. The first, a
     # half-hidden zebra, has a better mask before.
-    story = [*found.values()][-1:] + [*found.values()][:-1]
-    return [image for image, _ in story], [text for _, text in story]
+    *others, shown = found.values()
+    return zip(shown, *others, strict=True)
 
 
 def as_blue(values):
     """Values [h, w] as uint8 [h, w, 3]: white at the lowest, deep blue at the highest."""
     share = (values - values.min()) / max(np.ptp(values), 1e-6)
-    return (255 - share[..., None] * (255 - np.float32((0, 60, 140)))).astype(np.uint8)
+    return (255 - share[..., None] * (255, 195, 115)).astype(np.uint8)  # to (0, 60, 140)
 
 
-def story_cells(images, texts, *steps):
+def story_cells(images, texts, steps):
     """One or two cells a part of STORY: uint8 arrays, similarities (float) or rows of words."""
+
+    def greys(name, text):
+        """A mask of the first picture and this text, in every step."""
+        return [(255 * step[name][0, text]).byte().numpy() for step in steps]
+
     patches, rows = steps[0]["patches"][0, 0].numpy(), [("", "before", "after")]
     for term, name in TERMS.items():
         rows.append((name, *(f"{step['losses'][term].item():.3f}" for step in steps)))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in gcl.CLIP_NORM)  # [3, 1, 1]
-    cut = [(step["masked"][0] * std + mean).clamp(0, 1) for step in steps]  # [3, h, w]
+    mean, std = 255 * torch.tensor(gcl.CLIP_NORM)  # [3] each
+    cut = [step["masked"][0].permute(1, 2, 0) * std + mean for step in steps]  # [h, w, 3]
     return [
         [images[0], [(line,) for line in textwrap.wrap(f'"{texts[0]}"', 20)]],
         [images[0], as_blue(patches)],
-        [(255 * step["mask"][0, 0]).byte().numpy() for step in steps],
-        [(255 * step["sample"][0, 0]).byte().numpy() for step in steps],
-        [(255 * picture).byte().permute(1, 2, 0).numpy() for picture in cut],  # [h, w, 3]
-        [(255 * step["mask"][0, 1]).byte().numpy() for step in steps],
+        greys("mask", 0),
+        greys("sample", 0),
+        [picture.clamp(0, 255).byte().numpy() for picture in cut],
+        greys("mask", 1),
         [step["s_m"].numpy() for step in steps],
         [step["s_f"].numpy() for step in steps],
         [rows],
@@ -137,18 +148,17 @@ def draw_cell(page, x, y, cell, side):
     page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
     pen.rectangle((x - 1, y - 1, x + side, y + side), None, "black")
     if cell.dtype != np.uint8:
-        size = side / len(cell)
+        half = side / len(cell) / 2
         for (r, c), value in np.ndenumerate(cell):
-            left, top = x + c * size, y + r * size
+            middle, row = x + (2 * c + 1) * half, y + (2 * r + 1) * half
             if r == c:
-                square = left + 1, top + 1, left + size - 2, top + size - 2
+                square = middle - half + 1, row - half + 1, middle + half - 2, row + half - 2
                 pen.rectangle(square, None, "#d55e00", 3)
             colour = "white" if value > (cell.min() + cell.max()) / 2 else "black"
-            middle = left + size / 2, top + size / 2
-            put_text(pen, middle, f"{value:.2f}", 14, colour, anchor="mm")
+            put_text(pen, (middle, row), f"{value:.2f}", 14, colour, anchor="mm")
 
 
-def draw_story(path, images, texts, before, after, side=250):
+def draw_story(path, images, texts, steps, side=250):
     """Writes the nine parts of STORY as one page, with the pairs of the batch below them."""
     width, height = 2 * side + 70, side + 170
     page = Image.new("RGB", (3 * width + 30, 90 + 3 * height + 190), "white")
@@ -156,11 +166,10 @@ def draw_story(path, images, texts, before, after, side=250):
     put_text(pen, (40, 16), "One training step of Grounded Contrastive Learning", 32)
     words = "From step 3 on: left before training, right after. The pair was chosen by hand."
     put_text(pen, (40, 62), words, 18)
-    cells = story_cells(images, texts, before, after)
-    for k, ((title, numbers, what), pair) in enumerate(zip(STORY, cells, strict=True)):
+    cells = story_cells(images, texts, steps)
+    for k, ((title, what), pair) in enumerate(zip(STORY, cells, strict=True)):
         x, y = 40 + k % 3 * width, 100 + k // 3 * height
-        equations = f", Eq. ({numbers.replace(', ', '), (')})" if numbers else ""
-        put_text(pen, (x, y), f"{k + 1}. {title}{equations}", 24)
+        put_text(pen, (x, y), f"{k + 1}. {title}", 24)
         for n, line in enumerate(textwrap.wrap(what.format(other=texts[1]), 58)):
             put_text(pen, (x, y + 34 + 22 * n), line, 18)
         for c, cell in enumerate(pair):
@@ -182,8 +191,8 @@ def explain(out):
     batch = toy.normalised(np.stack(images)), tokenizer(texts)  # [6, 3, 48, 48], [6, 20]
     side = 4 * toy.SIZE // trained.patch
     noise = torch.rand(len(images), 1, side, side, generator=torch.Generator().manual_seed(0))
-    before, after = (one_step(net, *batch, noise) for net in (gcl.GCL(clip), trained))
-    draw_story(out / "explain.png", images, texts, before, after)
+    steps = [one_step(net, *batch, noise) for net in (gcl.GCL(clip), trained)]
+    draw_story(out / "explain.png", images, texts, steps)
     print(f"{out / 'explain.png'}: one training step, before and after training")
 
 

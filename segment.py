@@ -6,9 +6,8 @@
     python segment.py photo.jpg moon sunset --method maskclip --json
 
 Pictures come first, texts after them: every argument from the start that is a file or a folder is a
-picture or a folder of pictures, and the first one that is neither is the first text. What looks
-like a path but does not exist, or could be both, is an error and not a guess; --texts says it
-outright. For photo.jpg, OUT (default out/) then holds
+picture or a folder of pictures, and the first one that is neither is the first text; --texts says
+outright what is a text. For photo.jpg, OUT (default out/) then holds
     photo.overlay.png     the labels over the grey photo, numbered, with a legend
     photo.labels.png      an index PNG with palette: 0 background, k the k-th text
     photo.1-a-boatman-standing-on-a-boat.png, ...   each text's soft mask as a heat map
@@ -24,12 +23,12 @@ import os
 import re
 import sys
 import unicodedata
+from collections import namedtuple
+from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -40,7 +39,6 @@ import report
 
 # Of pictures in a folder: what Pillow calls the formats that are read.
 SUFFIXES = sorted(k for k, v in Image.registered_extensions().items() if v in files.FORMATS)
-MAX_PIXELS, MAX_ASPECT = 50_000_000, 100
 MAX_TEXTS = 254  # a label PNG has 256 values, and 255 means ignored
 VIEW = 1024  # pixels of the longer side of overlays and heat maps
 
@@ -48,57 +46,64 @@ VIEW = 1024  # pixels of the longer side of overlays and heat maps
 # ---- masks ------------------------------------------------------------------------------------
 
 
-def protocol(**settings):
-    """evaluate.py's arguments with these changes; ValueError says in its words what is wrong."""
+def check_texts(texts):
+    """ValueError names a text that is empty or there twice, as CLIP reads them."""
+    if not 0 < len(texts) <= MAX_TEXTS:
+        raise ValueError(f"{len(texts)} texts; give 1 to {MAX_TEXTS}")
+    names = [" ".join(text.lower().split()) for text in texts]
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise ValueError(f"the text {name!r} is empty, or given twice")
+
+
+def protocol(texts, **settings):
+    """evaluate.py's arguments for these texts and settings, None for its own; args.texts are the
+    texts. ValueError says what is wrong, in its words."""
+    check_texts(texts)
     flags = ["--datasets=-", "--out=."]
     for name, value in settings.items():
         flag = "no-" * (value is False) + name.replace("_", "-")
-        flags.append(f"--{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+        if value is not None:
+            flags.append(f"--{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            return evaluate.parse_args(flags)
+            args = evaluate.parse_args(flags)
         except SystemExit:
             raise ValueError(said.getvalue().strip().split("error: ", 1)[-1]) from None
+    args.texts = texts
+    return args
 
 
-def check_texts(texts):
-    """ValueError names a text that is empty or the same as another, as CLIP reads them."""
-    known = {}
-    for text in texts:
-        first = known.setdefault(" ".join(text.lower().split()), text)
-        if not text.strip() or first is not text:
-            raise ValueError(f"{text!r} is empty, or the same text as {first!r}; give it once")
-    if not 0 < len(texts) <= MAX_TEXTS:
-        raise ValueError(f"{len(texts)} texts; give 1 to {MAX_TEXTS}")
+def encode(net, args):
+    """Embeddings [K, C] of args.texts; args.note becomes what pictures must say of the weights."""
+    random = getattr(net.clip, "source", {}).get("pretrained") == "random"
+    args.note = "random weights: these masks mean nothing" * random
+    templates, tokenizer = evaluate.read_templates(args.templates), backbone.tokenizer_of(net.clip)
+    for text in args.texts:
+        tokens = tokenizer([template.replace("{}", text) for template in templates])
+        if tokens[:, -1].any():  # the last place is taken, so the end may be cut off
+            limit = f"CLIP reads {tokens.shape[1]} tokens, and may not see all"
+            print(f"warning: {limit} of {text[:60]!r}", file=sys.stderr)
+    return net.encode_classes(args.texts, tokenizer, templates)
 
 
-def usable(image):
-    """uint8 [h, w, 3] of a PIL image or array; files.InputError for one too large or too narrow."""
+def pixels(image):
+    """uint8 [h, w, 3], upright, of a PIL image or an array of any mode."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    short, long = sorted(image.size)
-    if short * long > MAX_PIXELS or long > MAX_ASPECT * short:
-        why = "is too large (50 million pixels) or too narrow (sides 100 times apart)"
-        raise files.InputError(f"{image.width}x{image.height} {why}")
     return np.array(files.rgb(image))
 
 
-def resize(mask, size):
-    """One mask [h, w] at another size, as the protocol resizes them."""
-    size = tuple(size)
-    mask = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)
-    return mask[0, 0]
-
-
-def labelled(net, image, text, args):
+def labelled(net, image, text, args, name="the picture"):
     """Masks [K, h', w'] at the protocol's size, and labels int64 [h, w] of image [h, w, 3]."""
     masks = evaluate.segment_image(net, image, text, args)
     if (~masks.isfinite()).any():
-        raise files.InputError("its masks are not finite; try --precision fp32, or other weights")
+        why = "masks are not finite; try --precision fp32, or other weights"
+        raise files.InputError(f"{name}: {why}")
     value, index = evaluate.best_class(masks, image.shape[:2])
     return masks, evaluate.with_background(value, index, args.bg_threshold)
 
 
-class Segmentation(NamedTuple("Pair", [("labels", torch.Tensor), ("masks", torch.Tensor)])):
+class Segmentation(namedtuple("Pair", "labels masks")):
     """labels, masks = segment_image(...); notebooks show its `overlay`, a PIL image."""
 
     @property
@@ -107,12 +112,6 @@ class Segmentation(NamedTuple("Pair", [("labels", torch.Tensor), ("masks", torch
 
     def _repr_png_(self):
         return self.overlay._repr_png_()
-
-
-def note_of(net, args):
-    """What pictures must say of the weights."""
-    sources = getattr(net.clip, "source", {}).get("pretrained"), args.pretrained
-    return "random weights: these masks mean nothing" * ("random" in sources)
 
 
 def segment_image(net, image, texts, background=None, **settings):
@@ -126,15 +125,11 @@ def segment_image(net, image, texts, background=None, **settings):
     [K, h, w] in 0..1, both at the image's own (upright) size on the net's device; the result's
     `overlay` shows them. Raises ValueError for what cannot be segmented.
     """
-    check_texts(texts)
-    image, args = usable(image), protocol(**settings)
-    if background is not None:
-        args.bg_threshold = background if background is not False else -1.0  # every mask exceeds it
-    templates = evaluate.read_templates(args.templates)
-    text = net.encode_classes(texts, backbone.tokenizer_of(net.clip), templates)  # [K, C]
-    masks, labels = labelled(net, image, text, args)
-    result = Segmentation(labels, torch.stack([resize(mask, labels.shape) for mask in masks]))
-    result.drawn = image, labels, texts, args.bg_threshold >= 0, note_of(net, args)
+    threshold = -1.0 if background is False else background  # every mask exceeds -1
+    image, args = pixels(image), protocol(texts, bg_threshold=threshold, **settings)
+    masks, labels = labelled(net, image, encode(net, args), args)
+    result = Segmentation(labels, backbone.resize(masks[None], labels.shape)[0])
+    result.drawn = image, labels, args
     return result
 
 
@@ -143,67 +138,56 @@ def segment_image(net, image, texts, background=None, **settings):
 
 def grey_view(image):
     """A PIL picture as it is looked at: grey, since all colours are then labels."""
-    grey = Image.fromarray(image).convert("L").convert("RGB")
-    return report.fit(grey, VIEW, Image.Resampling.BICUBIC)
+    return report.fit(image, VIEW, Image.Resampling.BICUBIC).convert("L").convert("RGB")
 
 
-def draw_overlay(image, labels, texts, background=True, note=""):
-    """Labels [h, w] in colour over the grey picture, numbered, with a legend of shares.
-
-    background: whether there is one. note: words above.
-    """
-    grey, colours = grey_view(image), [report.GREY, *report.palette(len(texts))]
-    labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels).astype(np.uint8)
-    at_view = np.asarray(report.fit(labels, max(grey.size)))
-    colour = Image.fromarray(report.colour(at_view, colours))
-    mask = Image.fromarray(np.where(at_view > 0, 153, 0).astype(np.uint8))  # 153 of 255: 0.6
-    painted = Image.composite(colour, grey, mask)
-    report.draw_names(painted, at_view, ["", *map(str, range(1, len(colours)))], 20)
-    share = 100 * np.bincount(labels.ravel(), minlength=len(colours)) / labels.size
-    names = ["background", *(f"{k} {text}" for k, text in enumerate(texts, 1))]
-    legend = [(f"{name} {s:.1f} %", c) for name, s, c in zip(names, share, colours, strict=True)]
-    return report.sheet([[painted]], [], legend[not background :], note, None)
+def shares(labels, args):
+    """The share of all pixels that each label has, the background's first."""
+    counts = torch.bincount(labels.flatten(), minlength=1 + len(args.texts))
+    return (counts.double() / labels.numel()).tolist()
 
 
-def draw_heat(image, mask, text, threshold, note=""):
+def draw_overlay(image, labels, args):
+    """Labels int64 [h, w] in colour over the grey picture, numbered, with a legend of shares."""
+    grey, colours = grey_view(image), [report.GREY, *report.palette(len(args.texts))]
+    at_view = np.asarray(report.fit(labels.byte().cpu(), VIEW))
+    blend = Image.blend(grey, Image.fromarray(report.colour(at_view, colours)), 0.6)
+    painted = Image.composite(blend, grey, Image.fromarray(at_view > 0))
+    numbers = [str(k) for k in range(len(colours))]
+    report.draw_names(painted, at_view, ["", *numbers[1:]], 20)
+    names = "background", *map(" ".join, zip(numbers[1:], args.texts, strict=True))
+    entries = zip(names, shares(labels, args), colours, strict=True)
+    legend = [(f"{name} {100 * share:.1f} %", colour) for name, share, colour in entries]
+    return report.sheet([[painted]], [], legend[args.bg_threshold < 0 :], args.note, None)
+
+
+def draw_heat(image, mask, text, args):
     """One soft mask [h, w] in 0..1 over the grey picture, under its text, with a scale."""
     grey = grey_view(image)
-    values = resize(mask, grey.size[::-1]).cpu().numpy()
+    values = backbone.resize(mask[None, None], grey.size[::-1])[0, 0].cpu().numpy()
     painted = Image.blend(grey, report.heat(values), 0.75)
     bar = report.heat(np.linspace(0, 1, grey.width)[None].repeat(16, 0))
-    scale = f"0 to 1; background below {threshold:g}" if threshold > 0 else "0 to 1"
-    return report.sheet([[painted], [bar]], [[text], [scale]], [], note, None)
+    scale = "0 to 1" + f"; background below {args.bg_threshold:g}" * (args.bg_threshold > 0)
+    return report.sheet([[painted], [bar]], [[text], [scale]], [], args.note, None)
 
 
-def safe(text, length=40):
-    """Letters and digits of a text as a piece of a file name, ASCII; empty where there are none."""
+def safe(text):
+    """Letters and digits of a text as a piece of a file name, in ASCII."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:length].strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:42].strip("-")
 
 
 # ---- the command line -------------------------------------------------------------------------
 
 
 def split(things):
-    """(pictures and folders, texts); ValueError where one is neither or could be both."""
-    paths = []
-    for thing in things:
-        suffix = Path(thing).suffix.lower() in SUFFIXES
-        path_like = suffix or (os.sep in thing and " " not in thing)
-        if not os.path.exists(thing):
-            if path_like or not paths:
-                why = "pictures come first; --texts if it is a text"
-                raise ValueError(f"{thing}: no such picture or folder ({why})")
-            break
-        if paths and not path_like:
-            why = f"is there, but could be a text: write ./{thing}, or --texts {thing}"
-            raise ValueError(f"{thing!r} {why}")
-        paths.append(thing)
+    """(pictures and folders, texts): what is there, up to the first that is not, and the rest."""
+    paths = list(takewhile(os.path.exists, things))
     texts = things[len(paths) :]
     for text in texts:
-        if Path(text).suffix.lower() in SUFFIXES:
-            why = f"a picture after the text {texts[0]!r}; pictures come first (or use --texts)"
-            raise ValueError(f"{text}: {why}")
+        if not paths or Path(text).suffix.lower() in SUFFIXES:
+            why = "pictures come first, or write --texts before all texts"
+            raise ValueError(f"{text}: no such picture or folder, or one after a text ({why})")
     return paths, texts
 
 
@@ -211,24 +195,27 @@ def pictures(paths):
     """Every picture of files and folders, in order, each once; ValueError for one without any."""
     found = {}
     for path in map(Path, paths):
-        inside = [path] if path.is_file() else sorted(path.glob("[!.]*"))
-        inside = [p for p in inside if p == path or p.suffix.lower() in SUFFIXES]
+        inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES)
+        if path.is_file():
+            inside = [path]
         if not inside:
             why = f"no such picture or folder, or none in it ({' '.join(SUFFIXES)})"
-            raise ValueError(f"{path}: {why}")
-        found |= {p.resolve(): p for p in inside if p.resolve() not in found}
+            raise ValueError(f"{path}: {why}; for a text that is also a folder there is --texts")
+        found |= {p.resolve(): p for p in inside}
     return list(found.values())
 
 
 def output_names(paths):
-    """{picture: beginning of its files' names}: its stem, numbered where another has the same."""
-    names = {}
+    """The beginning of each picture's files' names: its stem, numbered where another has it."""
+    names = {}  # by their lower case: some disks do not tell A from a
     for path in paths:
-        stem = path.stem.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore") or "picture"
-        taken = {name.lower() for name in names.values()}  # some disks do not tell A from a
-        tries = [stem, *(f"{stem}-{k}" for k in range(2, len(taken) + 2))]
-        names[path] = next(name for name in tries if name.lower() not in taken)
-    return names
+        stem = name = os.fsencode(path.stem)[:100].decode(errors="ignore") or "picture"
+        number = 1
+        while name.lower() in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names[name.lower()] = name
+    return names.values()
 
 
 SAME = {  # evaluate.py's flags that are passed on
@@ -246,126 +233,92 @@ SAME = {  # evaluate.py's flags that are passed on
 }
 
 
-def parser():
-    """The command line of this file."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = p.add_argument
-    text = "files and folders of pictures, then texts in any words"
-    add("things", nargs="+", metavar="PICTURE|TEXT", help=text)
-    text = "the texts; all other arguments are then pictures"
-    add("--texts", nargs="+", metavar="TEXT", help=text)
-    for name, text in SAME.items():
-        add(f"--{name}", help=f"as in evaluate.py: {text}")
-    text = "refine masks along edges (Sec. 3.4); default: yes"
-    add("--pamr", action=argparse.BooleanOptionalAction, default=True, help=text)
-    which = p.add_mutually_exclusive_group()
-    text = "no text where no mask exceeds it; default 0.4 with PAMR, 0.5 without (the protocol's)"
-    which.add_argument("--background", type=float, metavar="THRESHOLD", help=text)
-    text = "every pixel gets the text of its highest mask"
-    which.add_argument("--no-background", action="store_true", help=text)
-    add("--out", default="out", help="folder for everything that is written")
-    text = "one JSON document on stdout: files, shares of pixels, masks' means"
-    add("--json", action="store_true", help=text)
-    return p
-
-
 def parse_args(argv=None):
     """The parsed and checked command line; wrong calls end with exit code 2."""
-    p = parser()
-    p.error = lambda words, error=p.error: error(files.printable(words))
-    a = p.parse_intermixed_args(argv)
-    given = {k: v for k, v in vars(a).items() if v is not None and k.replace("_", "-") in SAME}
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, which = p.add_argument, p.add_mutually_exclusive_group()
+    first = "files and folders of pictures, then texts in any words"
+    add("things", nargs="+", metavar="PICTURE|TEXT", help=first)
+    add("--texts", nargs="+", help="the texts; all other arguments are then pictures")
+    for name, text in SAME.items():
+        add(f"--{name}", help=f"as in evaluate.py: {text}")
+    edges = "refine masks along edges (Sec. 3.4); default: yes"
+    add("--pamr", action=argparse.BooleanOptionalAction, help=edges)
+    flags = {"dest": "bg_threshold", "metavar": "THRESHOLD", "type": files.share}
+    none = "no text where no mask exceeds it; default 0.4 with PAMR, 0.5 without (the protocol's)"
+    which.add_argument("--background", **flags, help=none)
+    every = {"dest": "bg_threshold", "action": "store_const", "const": -1.0}
+    which.add_argument("--no-background", **every, help="every pixel gets its highest mask's text")
+    add("--out", default="out", help="folder for everything that is written")
+    shares = "one JSON document on stdout: files, shares of pixels, masks' means"
+    add("--json", action="store_true", help=shares)
+    settings = vars(p.parse_intermixed_args(argv))
+    things, texts, as_json = map(settings.pop, ("things", "texts", "json"))
     try:
-        paths, texts = split(a.things) if a.texts is None else (a.things, a.texts)
-        paths = pictures(paths)
-        if not texts:
-            raise ValueError(f"no texts after {a.things[-1]}: what is to be found there?")
-        check_texts(texts)
-        if a.background is not None and not 0 <= a.background <= 1:
-            raise ValueError(f"--background {a.background} must lie between 0 and 1")
-        args = protocol(out=a.out, pamr=a.pamr, **given)
-        if Path(args.out).resolve() in {path.parent.resolve() for path in paths}:
-            why = "has the pictures in it; what is written would become pictures of the next run"
-            raise ValueError(f"--out {args.out}: {why}")
+        things, texts = (things, texts) if texts else split(things)
+        args = protocol(texts, **settings)
+        args.images, args.json = pictures(things), as_json
     except (ValueError, OSError) as error:
-        p.error(str(error))
-    if a.no_background or a.background is not None:
-        args.bg_threshold = -1.0 if a.no_background else a.background
-    args.images, args.texts, args.json = paths, texts, a.json
+        p.error(files.printable(str(error)))
     return args
 
 
 def segment_file(path, name, net, text, args):
     """Writes all of one picture; returns its entry of the JSON document. text: [K, C]."""
-    image, background, note = files.read_picture(path), args.bg_threshold >= 0, note_of(net, args)
-    try:
-        image = usable(image)
-        masks, labels = labelled(net, image, text, args)
-    except files.InputError as error:
-        raise files.InputError(f"{path}: {error}") from error
-    labels = labels.cpu().numpy().astype(np.uint8)  # [h, w]
-    share = np.bincount(labels.ravel(), minlength=len(text) + 1) / labels.size
+    image = np.array(files.read_picture(path))
+    masks, labels = labelled(net, image, text, args, path)
 
     def save(suffix, picture):
         file = Path(args.out, f"{name}.{suffix}.png")
         files.save_png(file, picture)
         return str(file)
 
-    indexed = Image.fromarray(labels)
-    indexed.putpalette(np.ravel([(0, 0, 0), *report.palette(len(text))]).tolist())
-    entry = {"image": str(path), "height": len(labels), "width": len(labels[0]), "texts": []}
-    entry |= {"background": share[0] if background else None, "labels": save("labels", indexed)}
-    drawn = draw_overlay(image, labels, args.texts, background, note)
-    entry["overlay"] = save("overlay", drawn)
-    for k, words in enumerate(args.texts, start=1):
-        mean = resize(masks[k - 1], labels.shape).mean().item()
-        drawn = draw_heat(image, masks[k - 1], words, args.bg_threshold, note)
-        file = save("-".join(filter(None, (str(k), safe(words)))), drawn)
-        one = {"text": words, "label": k, "share": share[k], "mean": mean, "heat_map": file}
-        entry["texts"].append(one)
-    return entry
-
-
-def warn_of_cut_texts(texts, templates, tokenizer):
-    """Says on stderr which texts are longer than this CLIP reads."""
-    limit = tokenizer.context_length
-    for text in texts:
-        prompts = [template.replace("{}", text) for template in templates]
-        if max(len(tokenizer.encode(prompt)) for prompt in prompts) + 2 > limit:
-            print(f"warning: CLIP reads {limit} tokens, cut: {text[:60]!r}", file=sys.stderr)
+    background, *share = shares(labels, args)
+    texts = [{"text": words, "label": k} for k, words in enumerate(args.texts, start=1)]
+    for entry, mask, part in zip(texts, masks, share, strict=True):
+        mean = backbone.resize(mask[None, None], labels.shape).mean().item()
+        drawn = draw_heat(image, mask, entry["text"], args)
+        file = save(safe(f"{entry['label']} {entry['text']}"), drawn)
+        entry |= {"share": part, "mean": mean, "heat_map": file}
+    indexed = Image.fromarray(labels.byte().cpu().numpy())
+    indexed.putpalette(np.ravel([(0, 0, 0), *report.palette(len(texts))]).tolist())
+    return {
+        "image": str(path),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "texts": texts,
+        "background": background if args.bg_threshold >= 0 else None,
+        "labels": save("labels", indexed),
+        "overlay": save("overlay", draw_overlay(image, labels, args)),
+    }
 
 
 def line_of(entry):
     """What is said of one picture."""
-    shares = [f"{t['text'][:30]} {100 * t['share']:.1f} %" for t in entry["texts"]]
+    parts = [(text["text"][:30], text["share"]) for text in entry["texts"]]
     if entry["background"] is not None:
-        shares.append(f"background {100 * entry['background']:.1f} %")
-    return files.printable(f"{entry['image']}: {', '.join(shares)} -> {entry['overlay']}")
+        parts.append(("background", entry["background"]))
+    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in parts)
+    return files.printable(f"{entry['image']}: {said} -> {entry['overlay']}")
 
 
 def main(args):
     """All pictures of a parsed command line. Returns the exit code."""
-    templates = evaluate.read_templates(args.templates)
-    net, tokenizer = evaluate.load_model(args, backbone.pick_device(args.device))
-    warn_of_cut_texts(args.texts, templates, tokenizer)
-    text = net.encode_classes(args.texts, tokenizer, templates)  # [K, C]
-    names, done, failed = output_names(args.images), [], []
+    net, _ = evaluate.load_model(args, backbone.pick_device(args.device))
+    text, done, failed = encode(net, args), [], []  # [K, C]
     with tqdm(args.images, "segmenting", disable=len(args.images) == 1) as bar:
-        for path in bar:
+        for path, name in zip(bar, output_names(args.images), strict=True):
             try:
-                done.append(segment_file(path, names[path], net, text, args))
+                done.append(segment_file(path, name, net, text, args))
                 if not args.json:
-                    bar.write(line_of(done[-1]), sys.stdout)
+                    bar.write(line_of(done[-1]))
             except files.InputError as error:
                 failed.append({"image": str(path), "error": str(error)})
-                bar.write(files.printable(f"error: {error}"), sys.stderr)
-    if failed and len(names) > 1:
-        what = f"{len(failed)} of {len(names)} pictures were left out, the first"
-        print(files.printable(f"error: {what}: {failed[0]['error']}"), file=sys.stderr)
+    for picture in failed:  # now, where no bar and no other line hides them
+        print(files.printable(f"error: {picture['error']}"), file=sys.stderr)
     if args.json:
-        kept = ("method", "checkpoint", "pamr", "templates", "short_side")
+        kept = "method", "checkpoint", "pamr", "templates", "short_side"
         settings = {name: getattr(args, name) for name in kept}
         settings["background"] = args.bg_threshold if args.bg_threshold >= 0 else None
         print(json.dumps({"settings": settings, "images": done, "failed": failed}, indent=1))

@@ -29,7 +29,6 @@ def test_bench_measures_all_stages_and_its_ratios_are_of_its_times(tmp_path):
         assert row["ratio"] == pytest.approx(statistics.median(ratios))
         assert row["seconds"] == pytest.approx(statistics.median(times))
         assert f"| {row['stage']} | {row['what']} | {row['seconds']:.3g} |" in done.stdout
-        assert row["bytes"] > 0 or row["stage"] != "train"
 
 
 def test_the_usual_way_of_pamr_is_pamr():
