@@ -42,8 +42,8 @@ class SegmentationSet:
 
     Class 0 is the background where there is one. items: (image id, image path, label path, lut),
     lut of lookup_table. full: how many images the whole benchmark has. partial: Table 3's classes.
-    Under root, {id} stands in the paths. ids: a file with one a line, or a glob (with a *) of those
-    of the images that are there. labels: {path: lut}; the first path that exists is taken.
+    Where it lies: root, and below it paths with {id} in them. ids: a file with one a line, or a
+    glob (with a *) of images that are there. labels: {path: lut}; the first that exists is taken.
     """
 
     name: str
@@ -252,7 +252,7 @@ BENCHMARKS = {
             COCO_OBJECT,
             f"background,{COCO_OBJECT_CLASSES}",
             [[0, 0, 0], *COCO_PALETTE[:80]],
-            # The stuffthingmaps: 80 things, from 0, are 1 to 80; the rest, INVALID + 1, is background.
+            # The stuffthingmaps: 80 things are 1 to 80; the rest, INVALID + 1, is background.
             original=lookup_table(COCO_IDS[:80], []) + 1,
         ),
         benchmark(
@@ -470,12 +470,12 @@ def spec_problems(spec):
         value = getattr(spec, field)
         if value is not getattr(Spec, field, "") and not fits(value, kind):
             yield f"{field} cannot be {reprlib.repr(value)}"
-    n, read = len(spec.classes), [" ".join(c.lower().split()) for c in spec.classes]  # by CLIP
+    n, classes = len(spec.classes), [" ".join(c.lower().split()) for c in spec.classes]
     if not spec.background < n <= MOST:
         yield f"classes must be 1 to {MOST} names"
-    if "" in read or len({*read}) < n:
+    if "" in classes or len({*classes}) < n:  # as CLIP reads them
         yield "class names must differ in more than case and blanks, and none is empty"
-    if "background" in read[1:] or (read[0] == "background") != spec.background:
+    if "background" in classes[1:] or (classes[0] == "background") != spec.background:
         yield '"background" is the first class with "background": true, and none without'
     palette = spec.palette or voc_palette(n)
     if len(palette) != n or any(len(c) != 3 or max(c) > 255 for c in palette):
@@ -680,7 +680,7 @@ def parse_args(argv=None):
     add("--data-root", default="data", help="folder of the benchmarks (default: data)")
     add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="for check (default: the eight)")
     add("--mat", help="for prepare-context: the .mat files (default: trainval beside JPEGImages)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--workers", type=files.count, default=os.cpu_count() or 1, help="(default: all cores)")
     return p.parse_args(argv)
 
 
