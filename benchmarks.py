@@ -680,7 +680,12 @@ def parse_args(argv=None):
     add("--data-root", default="data", help="folder of the benchmarks (default: data)")
     add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="for check (default: the eight)")
     add("--mat", help="for prepare-context: the .mat files (default: trainval beside JPEGImages)")
-    add("--workers", type=files.count, default=os.cpu_count() or 1, help="(default: all cores)")
+    add(
+        "--workers",
+        type=files.count,
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores)",
+    )
     return p.parse_args(argv)
 
 
