@@ -488,11 +488,17 @@ def spec_problems(spec):
 
 
 def fits(value, kind):
-    """Is a value of its kind? A text is a line that a message, a path or a prompt can hold."""
+    """Is a value of its kind? A text is a line that a message, a path or a prompt can hold.
+
+    So it has no control characters, and no half of a character but what Python makes of the bytes
+    of a path that are no UTF-8 (from U+DC80 to U+DCFF).
+    """
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(v, *kind) for v in value)
     if kind is str:
-        return isinstance(value, str) and re.fullmatch(r"[^\0-\x1f]{,999}", value)
+        return isinstance(value, str) and re.fullmatch(
+            r"[^\0-\x1f\ud800-\udc7f\udd00-\udfff]{,999}", value
+        )
     return type(value) is kind and 0 <= value < 65_536  # true and false are no integers
 
 

@@ -234,6 +234,8 @@ def test_an_id_may_hold_a_folder(tmp_path):
         ({"images": 10**4000}, "images cannot be"),
         ({"images": "x" * 100_000}, "images cannot be"),
         ({"label_suffix": "a\nb"}, "label_suffix cannot be"),
+        ({"images": "\ud800"}, "images cannot be"),
+        ({"images": "\udce9"}, "{id}.png missing"),
         ({"classes": ["cat\ndog"]}, "classes cannot be"),
     ],
 )
