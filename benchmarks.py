@@ -13,7 +13,7 @@ In the file's order: the constants of the eight, label files, sets on disk, chec
 
 import argparse
 import difflib
-import itertools
+import glob
 import json
 import os
 import re
@@ -22,9 +22,8 @@ import struct
 import sys
 import textwrap
 import zlib
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -37,25 +36,50 @@ MOST = 10_000  # classes of a set
 SHOWN = 5  # files of a set that are named when many are wrong or missing
 
 
+@dataclass
+class SegmentationSet:
+    """A labelled set: what it is, where it lies, and, once it is read, its items.
+
+    Class 0 is the background where there is one. items: (image id, image path, label path, lut),
+    lut of lookup_table. full: how many images the whole benchmark has. partial: Table 3's classes.
+    Where it lies: root, and below it paths with {id} in them. ids: a file with one a line, or a
+    glob (with a *) of images that are there. labels: {path: lut}; the first that exists is taken.
+    """
+
+    name: str
+    classes: list
+    background: bool
+    items: list
+    palette: list
+    full: int | None = None
+    partial: list | tuple = ()
+    root: str = ""
+    images: str = ""
+    ids: str = "*"
+    labels: dict | None = None
+
+    def __len__(self):
+        return len(self.items)
+
+    def prompts(self):
+        """The class names that become texts: "background" never does (Sec. 4.1)."""
+        return self.classes[1:] if self.background else self.classes
+
+
 # ---- the eight benchmarks ----
 
 
-def lookup_table(values, ignored=(255,), rest=INVALID):
-    """int16 [256]: values[k] -> k, each of ignored -> IGNORE, everything else -> rest.
+def lookup_table(values, ignored=(-1,)):
+    """int16 [256]: values[k] -> k, each other of ignored -> IGNORE, everything else -> INVALID.
 
     With values past 255: int16 [65536], and what is not scored is the number of classes, if that is
-    above IGNORE, so that it is never one of them.
+    above IGNORE, so that it is never one of them. -1 in ignored is the largest: 255, or 65535.
     """
-    size = 256 if max([0, *values, *ignored]) < 256 else 65_536
-    table = np.full(size, rest, dtype=np.int16)
-    table[list(values)] = np.arange(len(values))
+    size = 256 if max([*values, *ignored]) < 256 else 65_536
+    table = np.full(size, INVALID, np.int16)
     table[list(ignored)] = max(IGNORE, len(values))
+    table[list(values)] = np.arange(len(values))
     return table
-
-
-def names(text):
-    """Class names between commas; a blank belongs to its name (ADE20K's "bed " ends in one)."""
-    return text.replace("\n", "").split(",")
 
 
 def numbers(text):
@@ -65,51 +89,53 @@ def numbers(text):
 
 def colours(text):
     """[[r, g, b], ...] of six hexadecimal digits per colour."""
-    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 3).tolist()  # [3 n] -> [n, 3]
+    return [[*bytes.fromhex(word)] for word in text.split()]
 
 
-def voc_palette(n):
+def voc_palette(n, start=0):
     """The PASCAL VOC colour map: n distinct colours, bits of the index spread over the channels."""
-    bits = np.arange(n)[:, None] >> np.arange(24) & 1  # [n, 24], the lowest first
-    spread = np.packbits(bits.reshape(n, 8, 3), axis=1)  # [n, 24] -> [n, bit, channel] -> [n, 1, 3]
-    return spread[:, 0].tolist()  # [n, 1, 3] -> [n, 3]
+    bits = np.arange(start, start + n)[:, None] >> np.arange(24) & 1  # [n, 24], the lowest first
+    # [n, 24] -> [n, bit, channel] -> [n, 1, 3] -> [n, 3]
+    return np.packbits(bits.reshape(n, 8, 3), axis=1)[:, 0].tolist()
 
 
-VOC_CLASSES = names("""
+# Class names stand between commas; a blank belongs to its name (ADE20K's "bed " ends in one).
+VOC_CLASSES = """
 aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,
-pottedplant,sheep,sofa,train,tvmonitor""")
+pottedplant,sheep,sofa,train,tvmonitor"""
 
-CONTEXT_CLASSES = names("""
+CONTEXT_CLASSES = """
 aeroplane,bag,bed,bedclothes,bench,bicycle,bird,boat,book,bottle,building,bus,cabinet,car,cat,
 ceiling,chair,cloth,computer,cow,cup,curtain,dog,door,fence,floor,flower,food,grass,ground,
 horse,keyboard,light,motorbike,mountain,mouse,person,plate,platform,pottedplant,road,rock,sheep,
 shelves,sidewalk,sign,sky,snow,sofa,table,track,train,tree,truck,tvmonitor,wall,water,window,
-wood""")
+wood"""
 
-# The first 80 are COCO-Object's.
-COCO_CLASSES = names("""
+COCO_OBJECT_CLASSES = """
 person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
 stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,
 umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,
 baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,
 banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,
 bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
-refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush,banner,blanket,branch,
-bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,
-clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,
-floor-other,floor-stone,floor-tile,floor-wood,flower,fog,food-other,fruit,furniture-other,grass,
-gravel,ground-other,hill,house,leaves,light,mat,metal,mirror-stuff,moss,mountain,mud,napkin,net,
-paper,pavement,pillow,plant-other,plastic,platform,playingfield,railing,railroad,river,road,
-rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,stone,straw,
-structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,
-wall-other,wall-panel,wall-stone,wall-tile,wall-wood,water-other,waterdrops,window-blind,
-window-other,wood""")
+refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"""
 
-CITYSCAPES_CLASSES = names("""
+COCO_STUFF_CLASSES = """
+banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,
+ceiling-tile,cloth,clothes,clouds,counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,
+floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,food-other,fruit,
+furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,mirror-stuff,moss,
+mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,railing,
+railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,
+stairs,stone,straw,structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,
+wall-concrete,wall-other,wall-panel,wall-stone,wall-tile,wall-wood,water-other,waterdrops,
+window-blind,window-other,wood"""
+
+CITYSCAPES_CLASSES = """
 road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,
-rider,car,truck,bus,train,motorcycle,bicycle""")
+rider,car,truck,bus,train,motorcycle,bicycle"""
 
-ADE_CLASSES = names("""
+ADE_CLASSES = """
 wall,building,sky,floor,tree,ceiling,road,bed ,windowpane,grass,cabinet,sidewalk,person,earth,
 door,table,mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,
 field,armchair,seat,fence,desk,rock,wardrobe,lamp,bathtub,railing,cushion,base,box,column,
@@ -122,7 +148,7 @@ ottoman,bottle,buffet,poster,stage,van,ship,fountain,conveyer belt,canopy,washer
 swimming pool,stool,barrel,basket,waterfall,tent,bag,minibike,cradle,oven,ball,food,step,tank,
 trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,
 vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,radiator,
-glass,clock,flag""")
+glass,clock,flag"""
 
 # Values of the original label maps: the k-th is class k. In PASCAL Context's 459-class maps 0 is
 # the background and 2 is aeroplane, class 1.
@@ -169,111 +195,102 @@ ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00f
 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff""")
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """What a set is and where it lies: full images under root, {id} in the paths of each.
-
-    ids: a file with one a line, or a glob (with a *) of the ids of the images that are there.
-    labels: {path: lookup table}; the first path that exists is taken. partial: Table 3's classes.
-    """
-
-    classes: list
-    palette: list
-    full: int | None
-    root: str
-    images: str
-    ids: str
-    labels: dict
-    partial: list | tuple = ()
-
-    @property
-    def background(self):
-        """Is the first class whatever no text describes?"""
-        return self.classes[0] == "background"
-
-
-VOC = (1449, "VOCdevkit/VOC2012", "JPEGImages/{id}.jpg", "ImageSets/Segmentation/val.txt")
-VOC_LABEL = "SegmentationClass/{id}.png"
-CONTEXT = (
-    5104,
-    "VOCdevkit/VOC2010",
-    "JPEGImages/{id}.jpg",
-    "ImageSets/SegmentationContext/val.txt",
-)
+# How many images, their folder, and in it the images, their ids and the labels, as each download is
+# unpacked. Where there are two label files, the first is what older tool chains made of the second.
+VOC = """
+1449 VOCdevkit/VOC2012 JPEGImages/{id}.jpg ImageSets/Segmentation/val.txt
+SegmentationClass/{id}.png"""
 CONTEXT_LABEL = "SegmentationClassContext/{id}.png"
-COCO = (5000, "coco_stuff164k", "images/val2017/{id}.jpg", "*")
-COCO_LABEL = "annotations/val2017/{id}"
-CITY_LABEL = "gtFine/val/{id}_gtFine_label"
+CONTEXT = f"""
+5104 VOCdevkit/VOC2010 JPEGImages/{{id}}.jpg ImageSets/SegmentationContext/val.txt
+{CONTEXT_LABEL}"""
+COCO_OBJECT = """
+5000 coco_stuff164k images/val2017/{id}.jpg *
+annotations/val2017/{id}_instanceTrainIds.png annotations/val2017/{id}.png"""
+COCO_STUFF = """
+5000 coco_stuff164k images/val2017/{id}.jpg *
+annotations/val2017/{id}_labelTrainIds.png annotations/val2017/{id}.png"""
+CITYSCAPES = """
+500 cityscapes leftImg8bit/val/{id}_leftImg8bit.png */*
+gtFine/val/{id}_gtFine_labelTrainIds.png gtFine/val/{id}_gtFine_labelIds.png"""
+ADE = """
+2000 ade/ADEChallengeData2016 images/validation/{id}.jpg *
+annotations/validation/{id}.png"""
 
-BENCHMARKS = {  # in the order of Table 1
-    "voc": Benchmark(
-        ["background", *VOC_CLASSES],
-        voc_palette(21),
-        *VOC,
-        {VOC_LABEL: lookup_table(range(21))},
-    ),
-    "context": Benchmark(
-        ["background", *CONTEXT_CLASSES],
-        ADE_PALETTE[:60],
-        *CONTEXT,
-        {CONTEXT_LABEL: lookup_table(range(60))},
-    ),
-    "coco_object": Benchmark(
-        ["background", *COCO_CLASSES[:80]],
-        [[0, 0, 0], *COCO_PALETTE[:80]],
-        *COCO,
-        {
-            COCO_LABEL + "_instanceTrainIds.png": lookup_table(range(81)),
-            # The stuffthingmaps: 80 things are 1 to 80; stuff and 255 are background, class 0.
-            COCO_LABEL + ".png": lookup_table([255, *COCO_IDS[:80]], [], rest=0),
-        },
-    ),
-    "voc20": Benchmark(
-        VOC_CLASSES,
-        voc_palette(21)[1:],
-        *VOC,
-        {VOC_LABEL: lookup_table(range(1, 21), [0, 255])},
-        names("pottedplant,sheep,sofa,train,tvmonitor"),
-    ),
-    "context59": Benchmark(
-        CONTEXT_CLASSES,
-        ADE_PALETTE[1:60],
-        *CONTEXT,
-        {CONTEXT_LABEL: lookup_table(range(1, 60), [0, 255])},
-        names("cow,motorbike,sofa,cat"),
-    ),
-    "coco_stuff": Benchmark(
-        COCO_CLASSES,
-        COCO_PALETTE,
-        *COCO,
-        {
-            COCO_LABEL + "_labelTrainIds.png": lookup_table(range(171)),
-            COCO_LABEL + ".png": lookup_table(COCO_IDS, rest=IGNORE),
-        },
-        names("""frisbee,skateboard,cardboard,carrot,scissors,suitcase,giraffe,cow,road,
-wall-concrete,tree,grass,river,clouds,playingfield"""),
-    ),
-    "cityscapes": Benchmark(
-        CITYSCAPES_CLASSES,
-        CITYSCAPES_PALETTE,
-        500,
-        "cityscapes",
-        "leftImg8bit/val/{id}_leftImg8bit.png",
-        "*/*",
-        {
-            CITY_LABEL + "TrainIds.png": lookup_table(range(19)),
-            CITY_LABEL + "Ids.png": lookup_table(CITYSCAPES_IDS, rest=IGNORE),
-        },
-    ),
-    "ade20k": Benchmark(
-        ADE_CLASSES,
-        ADE_PALETTE,
-        2000,
-        "ade/ADEChallengeData2016",
-        "images/validation/{id}.jpg",
-        "*",
-        {"annotations/validation/{id}.png": lookup_table(range(1, 151), [0, 255])},
-    ),
+
+def benchmark(name, place, names, palette, first=0, original=None, partial=""):
+    """One of the eight, not yet read. first: the stored value of class 0; a 0 below is ignored.
+
+    original: the lookup table of the second label file.
+    """
+    full, root, images, ids, *labels = place.split()
+    classes = names.replace("\n", "").split(",")
+    lut = lookup_table(range(first, first + len(classes)), [0, 255])
+    return SegmentationSet(
+        name,
+        classes,
+        classes[0] == "background",
+        [],
+        palette,
+        int(full),
+        partial.split(),
+        root,
+        images,
+        ids,
+        dict(zip(labels, [lut, original], strict=False)),
+    )
+
+
+# In the order of Table 1.
+BENCHMARKS = {
+    dataset.name: dataset
+    for dataset in (
+        benchmark("voc", VOC, f"background,{VOC_CLASSES}", voc_palette(21)),
+        benchmark("context", CONTEXT, f"background,{CONTEXT_CLASSES}", ADE_PALETTE[:60]),
+        benchmark(
+            "coco_object",
+            COCO_OBJECT,
+            f"background,{COCO_OBJECT_CLASSES}",
+            [[0, 0, 0], *COCO_PALETTE[:80]],
+            # The stuffthingmaps: 80 things are 1 to 80; the rest, INVALID + 1, is background.
+            original=lookup_table(COCO_IDS[:80], []) + 1,
+        ),
+        benchmark(
+            "voc20",
+            VOC,
+            VOC_CLASSES,
+            voc_palette(20, 1),
+            1,
+            partial="pottedplant sheep sofa train tvmonitor",
+        ),
+        benchmark(
+            "context59",
+            CONTEXT,
+            CONTEXT_CLASSES,
+            ADE_PALETTE[1:60],
+            1,
+            partial="cow motorbike sofa cat",
+        ),
+        benchmark(
+            "coco_stuff",
+            COCO_STUFF,
+            f"{COCO_OBJECT_CLASSES},{COCO_STUFF_CLASSES}",
+            COCO_PALETTE,
+            0,
+            lookup_table(COCO_IDS, range(256)),
+            "frisbee skateboard cardboard carrot scissors suitcase giraffe cow road wall-concrete "
+            "tree grass river clouds playingfield",
+        ),
+        benchmark(
+            "cityscapes",
+            CITYSCAPES,
+            CITYSCAPES_CLASSES,
+            CITYSCAPES_PALETTE,
+            0,
+            lookup_table(CITYSCAPES_IDS, range(256)),
+        ),
+        benchmark("ade20k", ADE, ADE_CLASSES, ADE_PALETTE, 1),
+    )
 }
 
 
@@ -298,160 +315,116 @@ def read_stored(path):
     return stored // {"L;2": 85, "L;4": 17}.get(packed, 1)  # PIL spreads few bits over 0 to 255
 
 
-def spans(values):
-    """Sorted integers in short: [0, 1, 2, 255] is "0-2 255"."""
-    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    words = [f"{r[0]}" if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs if len(r)]
-    return brief(" ".join(words))
-
-
-def allowed(lut):
-    """The stored values that a rule allows, in short."""
-    return spans(np.flatnonzero(lut != INVALID))
-
-
-def misfit(path, values, lut):
-    """What to say of the first stored value that the rule does not allow; None where all are."""
-    for value in values:
-        if not 0 <= value < len(lut) or lut[value] == INVALID:
-            return (
-                f"{path}: label value {value} is outside the class list of this set "
-                f"(it allows {allowed(lut)})"
-            )
-
-
 def read_label(path, lut):
     """Class indices int64 [h, w], as lookup_table says; InputError names a value without one."""
-    stored = read_stored(path)
-    if wrong := misfit(path, np.unique(stored), lut):
-        raise InputError(wrong)
+    stored, known = read_stored(path), np.flatnonzero(lut != INVALID)
+    odd = np.setdiff1d(stored, known)
+    if odd.size:
+        raise InputError(
+            f"{path}: label value {odd[0]} is outside the class list of this set "
+            f"(it allows {spans(known)})"
+        )
     return lut[stored].astype(np.int64)  # [h, w]
+
+
+def spans(values):
+    """Sorted integers in short: [0, 1, 2, 255] is "0-2, 255"."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return brief(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs if len(r))
+
+
+def brief(words):
+    """As many as fit in a line."""
+    return textwrap.shorten(", ".join(words), 200, placeholder=" ...")
 
 
 # ---- sets on disk ----
 
 
-@dataclass
-class SegmentationSet:
-    """A labelled set. items: (image id, image path, label path, lut), lut of lookup_table.
-
-    Class 0 is the background where there is one. full: how many images the whole benchmark has.
-    """
-
-    name: str
-    classes: list
-    background: bool
-    items: list
-    palette: list
-    full: int | None = None
-    partial: list | tuple = ()
-
-    def __len__(self):
-        return len(self.items)
-
-    def prompts(self):
-        """The class names that become texts: "background" never does (Sec. 4.1)."""
-        return self.classes[1:] if self.background else self.classes
-
-
 def read_set(name_or_spec, data_root):
     """A SegmentationSet of a benchmark's name or a SPEC.json; InputError has the close names."""
     if name_or_spec in BENCHMARKS:
-        return read_files(name_or_spec, BENCHMARKS[name_or_spec], data_root)
+        return read_files(BENCHMARKS[name_or_spec], data_root)
     if name_or_spec.endswith(".json"):
         return read_spec(name_or_spec)
-    close = difflib.get_close_matches(name_or_spec.lower(), BENCHMARKS) or list(BENCHMARKS)
+    close = difflib.get_close_matches(name_or_spec.lower(), BENCHMARKS) or BENCHMARKS
     raise InputError(
         f"--datasets {name_or_spec}: unknown; did you mean {', '.join(close)}, or a SPEC.json?"
     )
 
 
-def read_files(name, bench, data_root):
-    """The SegmentationSet of a Benchmark; InputError says in one line what of it is missing."""
-    root, items = Path(data_root, bench.root), []
-    patterns = [bench.images, *bench.labels, bench.ids]
-    places = dict.fromkeys(root / re.split(r"{id}|\*", pattern)[0] for pattern in patterns)
-    missing = [place for place in places if not place.exists()] if root.is_dir() else [root]
-    forms = [bench.images, capitals(bench.images)]
-    for i in [] if missing else find_ids(root, bench.ids, forms):
-        images = [root / path.replace("{id}", i) for path in forms]
-        image = next(filter(Path.is_file, images), images[0])
-        labels = {root / path.replace("{id}", i): lut for path, lut in bench.labels.items()}
+def read_files(dataset, data_root):
+    """The set with its items; InputError says in one line what of it is missing."""
+    root, items = Path(data_root, dataset.root), []
+    listed = root / dataset.ids.split("*")[0]  # the root where there is no list
+    missing = [] if listed.exists() else [listed]
+    for i in [] if missing else find_ids(root, dataset):
+        image = root / dataset.images.replace("{id}", i)
+        labels = {root / path.replace("{id}", i): lut for path, lut in dataset.labels.items()}
         label = next(filter(Path.is_file, labels), [*labels][-1])
         missing += [path for path in (image, label) if not path.is_file()]
         items.append((i, str(image), str(label), labels[label]))
     if missing or not items:
-        shown = ", ".join(map(str, missing[:SHOWN] or [root / bench.images]))
+        shown = ", ".join(map(str, missing[:SHOWN] or [root / dataset.images]))
         more = f" and {len(missing) - SHOWN} more images or labels" if missing[SHOWN:] else ""
-        prepared = bench.root == CONTEXT[1] and root.is_dir()
-        hint = " (python benchmarks.py prepare-context makes labels and list)" if prepared else ""
-        raise InputError(f"{name}: {shown}{more} missing{hint}")
-    facts = (bench.classes, bench.background, items, bench.palette, bench.full, bench.partial)
-    return SegmentationSet(name, *facts)
+        prepared = dataset.root == BENCHMARKS["context"].root
+        hint = " (python benchmarks.py prepare-context makes labels and list)" * prepared
+        raise InputError(f"{dataset.name}: {shown}{more} missing{hint}")
+    return replace(dataset, items=items)
 
 
-def find_ids(root, ids, forms):
-    """The image ids of a Benchmark, from its list or from its folder of images."""
-    if "*" not in ids:
-        return read_list(root / ids)
-    folder, endings = root / forms[0].split("{id}")[0], [path.split("{id}")[1] for path in forms]
-    # Some archives bring ._ files along.
-    found = [path for path in folder.glob(ids) if path.name[0] != "."]
-    names = [path.relative_to(folder).as_posix() for path in found]
-    return sorted({n.removesuffix(e) for n in names for e in endings if n.endswith(e)})
-
-
-def capitals(path):
-    """The same path with its suffix in capitals, as cameras write it."""
-    stem, suffix = os.path.splitext(path)
-    return stem + suffix.upper()
+def find_ids(root, dataset):
+    """The ids of its images, from its list or from its folder of images."""
+    if "*" not in dataset.ids:
+        return read_list(root / dataset.ids)
+    before, _, after = dataset.images.partition("{id}")
+    names = glob.glob(dataset.ids, root_dir=root / before)  # none of the ._ files of some archives
+    return sorted(name.removesuffix(after) for name in names if name.endswith(after))
 
 
 def read_list(path):
-    """Image ids, one a line; InputError when there are none, or one is there twice or no id.
+    """Image ids, one a line, each once; InputError when there are none, or one is no id.
 
     An id becomes the path of a prediction that is written: it stays below its folder.
     """
-    ids = Counter(line.strip() for line in files.read_text(path).splitlines() if line.strip())
-    if not ids:
-        raise InputError(f"{path}: holds no image ids")
-    for i, times in ids.items():
-        plain = PureWindowsPath(i)  # knows both slashes, and drives
-        if plain.anchor or ".." in plain.parts or plain.as_posix() != i:
-            raise InputError(f"{path}: {i[:99]!r} is no image id; a plain path below the folder is")
-        if times > 1:
-            raise InputError(f"{path}: holds {i} twice")
-    return list(ids)
+    ids = list(filter(None, dict.fromkeys(map(str.strip, files.read_text(path).splitlines()))))
+    # A backslash, a drive, or a part between slashes that is empty, . or ..
+    wrong = [i for i in ids if re.search(r"\\|^.:|(^|/)\.{,2}(/|$)", i)]
+    if wrong or not ids:
+        what = f"{wrong[0][:99]!r} is no image id" if wrong else "holds no image ids"
+        raise InputError(f"{path}: {what}; a plain path below the folder is")
+    return ids
 
 
 @dataclass
 class Spec:
-    """SPEC.json of a set of the user's own; folders and list are relative to the file.
+    """SPEC.json of a set of the user's own: fields, kinds ([int] is a list of them), defaults.
 
-    list: a file of image ids, one a line; null takes every image of the folder. With background,
-    the first class is "background". values: the stored value of each class, as [0, 255]; null is 0,
-    1, ..., or with zero_is_ignored 1, 2, ... ignore: stored values that are not scored; null is
-    255, or with values past it 65535 (labels have 16 bits then), where that is no class. palette:
-    [r, g, b] for each class; null is VOC's.
+    Folders and list are relative to the file. list: a file of image ids, one a line; null takes
+    every image of the folder. With background, the first class is "background". values: the stored
+    value of each class, as [0, 255]; without, it is 0, 1, ..., or with zero_is_ignored 1, 2, ...
+    ignore: stored values that are not scored; without, 255, or where values go past it 65535
+    (labels have 16 bits then), if that is no class. palette: [r, g, b] for each class; null is
+    VOC's.
     """
 
     name: str
     images: str
     labels: str
-    classes: list
+    classes: [str]
     image_suffix: str = ".jpg"
     label_suffix: str = ".png"
     background: bool = False
-    ignore: list | None = None
+    ignore: [int] = (-1,)
     zero_is_ignored: bool = False
-    values: list | None = None
-    palette: list | None = None
-    list: str | None = None
+    values: [int] = ()
+    palette: [[int]] = None
+    list: str = None
 
 
 def read_spec(path):
     """A labelled set of the user's own from a SPEC.json; InputError when it is none."""
-    text = files.read_text(path)
+    text, root = files.read_text(path), Path(path).parent
     try:
         spec = Spec(**json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
@@ -461,25 +434,22 @@ def read_spec(path):
         raise InputError(f"{path}: {wrong}")
     n, shift = len(spec.classes), int(spec.zero_is_ignored)
     stored = spec.values or range(shift, n + shift)
-    top = 255 if max(stored) < 256 else 65_535
-    ignored = [top] * (top not in stored) if spec.ignore is None else spec.ignore
-    lut = lookup_table(stored, [0] * shift + ignored)
-    if {*lut.tolist()} - {INVALID, max(IGNORE, n)} != {*range(n)}:
+    ignored = [0] * shift + [*spec.ignore]
+    if not n == len(stored) == len({*stored}.difference(ignored)):
         raise InputError(f"{path}: each class needs one stored value that is not ignored")
-    images = os.path.join(spec.images, "{id}" + spec.image_suffix)
-    labels = os.path.join(spec.labels, "{id}" + spec.label_suffix)
-    bench = Benchmark(
+    dataset = SegmentationSet(
+        spec.name,
         spec.classes,
-        (spec.palette or voc_palette(n + 1)[1 - spec.background :])[:n],
-        None,
-        "",
-        images,
-        spec.list or "*",
-        {capitals(labels): lut, labels: lut},
+        spec.background,
+        [],
+        spec.palette or voc_palette(n, 1 - spec.background),
+        images=f"{spec.images}/{{id}}{spec.image_suffix}",
+        ids=spec.list or "*",
+        labels={f"{spec.labels}/{{id}}{spec.label_suffix}": lookup_table(stored, ignored)},
     )
-    dataset = read_files(spec.name, bench, Path(path).parent)
+    dataset = read_files(dataset, root)
     if not spec.list:
-        say_left_out(spec, Path(path).parent, dataset.items)
+        say_left_out(spec, root, dataset.items)
     return dataset
 
 
@@ -487,33 +457,29 @@ def say_left_out(spec, root, items):
     """On stderr: pictures of another suffix, labels without a picture."""
     taken, known = {file for item in items for file in item[1:3]}, Image.registered_extensions()
     for folder in {root / spec.images, root / spec.labels}:
-        found = [p for p in folder.iterdir() if p.suffix.lower() in known and p.name[0] != "."]
-        if rest := sorted(p.name for p in found if str(p) not in taken):
+        found = {str(p) for p in folder.glob("[!.]*") if p.suffix.lower() in known}
+        if rest := sorted(found - taken):
             pair = f"no pair of *{spec.image_suffix} and *{spec.label_suffix}"
-            line = f"{len(rest)} files of {folder} are left out, {pair}"
-            note(f"{spec.name}: {line}: {brief(', '.join(rest))}")
+            names = brief(map(os.path.basename, rest))
+            note(f"{spec.name}: {len(rest)} files of {folder} are left out, {pair}: {names}")
 
 
 def spec_problems(spec):
     """Yields what is wrong with a Spec; each line relies on those before it."""
     for field, kind in Spec.__annotations__.items():
         value = getattr(spec, field)
-        if not isinstance(value, kind) or (isinstance(value, str) and not is_line(value)):
+        if value is not getattr(Spec, field, "") and not fits(value, kind):
             yield f"{field} cannot be {reprlib.repr(value)}"
-    classes, palette = spec.classes, spec.palette or [[0, 0, 0]] * len(spec.classes)
-    if not all(map(is_line, classes)):
-        yield "classes must be names of at most 999 letters"
-    if not spec.background < len(classes) <= MOST:
+    n, classes = len(spec.classes), [" ".join(c.lower().split()) for c in spec.classes]
+    if not spec.background < n <= MOST:
         yield f"classes must be 1 to {MOST} names"
-    read = [" ".join(c.lower().split()) for c in classes]  # as CLIP reads them
-    if "" in read or len({*read}) < len(read):
+    if "" in classes or len({*classes}) < n:  # as CLIP reads them
         yield "class names must differ in more than case and blanks, and none is empty"
-    if [c for c in read if c == "background"] != classes[: spec.background]:
+    if "background" in classes[1:] or (classes[0] == "background") != spec.background:
         yield '"background" is the first class with "background": true, and none without'
-    if len(palette) < len(classes) or not all(are_whole(c, 255) and len(c) == 3 for c in palette):
+    palette = spec.palette or voc_palette(n)
+    if len(palette) != n or any(len(c) != 3 or max(c) > 255 for c in palette):
         yield "palette needs one [r, g, b] of 0 to 255 per class"
-    if not are_whole([*(spec.ignore or []), *(spec.values or [])], 65_535):
-        yield "ignore and values must be lists of stored values, 0 to 65535"
     if spec.name in BENCHMARKS or not re.fullmatch(r"\w[\w.-]{,99}", spec.name):
         yield (
             f"name {reprlib.repr(spec.name)} becomes a file name: of letters, digits, '.', '_' "
@@ -521,59 +487,58 @@ def spec_problems(spec):
         )
 
 
-def is_line(value):
-    """Is it a text that a message, a path or a prompt can hold?"""
-    return isinstance(value, str) and re.fullmatch(r"[^\0-\x1f]{,999}", value)
+def fits(value, kind):
+    """Is a value of its kind? A text is a line that a message, a path or a prompt can hold.
 
-
-def are_whole(value, most):
-    """Is it a list of integers of 0 to most? true and false are none."""
-    return isinstance(value, list) and all(type(v) is int and 0 <= v <= most for v in value)
+    So it has no control characters, and no half of a character but what Python makes of the bytes
+    of a path that are no UTF-8 (from U+DC80 to U+DCFF).
+    """
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(v, *kind) for v in value)
+    if kind is str:
+        return isinstance(value, str) and re.fullmatch(
+            r"[^\0-\x1f\ud800-\udc7f\udd00-\udfff]{,999}", value
+        )
+    return type(value) is kind and 0 <= value < 65_536  # true and false are no integers
 
 
 # ---- python benchmarks.py check ----
 
 
 def check_item(item):
-    """(distinct stored values of one item's label, what is wrong or None), for a pool.
+    """(the classes that one item's label holds, what is wrong or None), for a pool.
 
     Both files are decoded whole; the picture upright, as evaluated, must have the label's size.
     """
-    _, image, label, lut = item
+    _, image, path, lut = item
     try:
-        width, height = files.read_picture(image).size
-        stored = read_stored(label)
+        picture, label = files.read_picture(image), read_label(path, lut)
     except InputError as error:
         return [], str(error)
-    values, wrong = np.unique(stored).tolist(), None
-    if stored.shape != (height, width):
-        sizes = f"{width}x{height} upright, its label {label} {stored.shape[1]}x{stored.shape[0]}"
-        wrong = f"{image}: the image is {sizes}; they must agree"
-    wrong = wrong or misfit(label, values, lut)
-    return values[: 99 if wrong else None], wrong  # ids of instances would be millions
+    if label.shape[::-1] != picture.size:
+        sizes = f"{picture.size} upright, its label {path} {label.shape[::-1]}"
+        return [], f"{image}: the image is {sizes}; widths and heights must agree"
+    return np.flatnonzero(np.bincount(label.ravel())).tolist(), None  # [h, w] -> [h w]
 
 
 def survey(dataset, workers):
-    """check_item of a whole set: ([what is wrong with it, ...], distinct stored values).
+    """check_item of a whole set: what is wrong with it, a line for each file.
 
     Says on stderr which classes no label holds: a rule that takes a class for ignored shows here.
     """
-    items, classes = dataset.items, dataset.classes
-    found = list(files.in_parallel(check_item, items, workers, f"checking {dataset.name}"))
+    items, name, classes = dataset.items, dataset.name, dataset.classes
+    found = list(files.in_parallel(check_item, items, workers, f"checking {name}"))
     wrong = [line for _, line in found if line]
-    stored = sorted({value for values, _ in found for value in values})
-    if wrong:
-        return wrong, stored
-    held = {k for item, (values, _) in zip(items, found, strict=True) for k in item[-1][values]}
-    absent = [name for k, name in enumerate(classes) if k not in held]
-    ignored = spans([value for value in stored if items[0][-1][value] >= len(classes)])
+    held = {k for label, _ in found for k in label}
+    absent = [c for k, c in enumerate(classes) if k not in held]
+    ignored = spans(np.flatnonzero(items[0][-1] >= len(classes))) or "none"
+    if wrong or not absent:
+        return wrong
     if len(absent) == len(classes):
-        wrong = [f"no pixel of {dataset.name} is scored: its labels hold {ignored} alone, ignored"]
-    elif absent:
-        of = f"{len(absent)} of {len(classes)} classes"
-        unscored = f"stored {ignored or 'none'} is not scored"
-        note(f"{dataset.name}: {unscored}, no label holds {of}: {brief(', '.join(absent))}")
-    return wrong, stored
+        return [f"no pixel of {name} is scored: its labels hold {ignored} alone, ignored"]
+    of = f"{len(absent)} of {len(classes)} classes"
+    note(f"{name}: stored {ignored} is not scored, no label holds {of}: {brief(absent)}")
+    return []
 
 
 def note(line):
@@ -582,116 +547,89 @@ def note(line):
         print(line, file=sys.stderr)
 
 
-def brief(text):
-    """As many of its words as fit in a line."""
-    return textwrap.shorten(text, 200, placeholder=" ...")
-
-
 def check_labels(dataset, workers=1):
     """InputError unless every picture and label is whole, of one size, with values that fit.
 
     Before any long work, as a cut picture would end it hours later. Costs 5 ms for a picture of
     500 x 375, 120 ms for one of Cityscapes, on one core.
     """
-    wrong, _ = survey(dataset, workers)
-    if wrong:
+    if wrong := survey(dataset, workers):
         more = f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""
         raise InputError(wrong[0] + more)
 
 
 def check_sets(names, data_root, workers=1):
-    """Prints a table of sets and what is wrong with them; exit code 0 only when all are whole."""
-    row, report = "{:<12} {:<8} {:<13} {:<23} {}", []
-    print(row.format("set", "state", "images", "label values", "allowed by the rule"))
+    """Prints a table of sets, below each what is wrong; exit code 0 only when all are whole."""
+    status = 0
     for name in names:
+        images = "missing"
         try:
             dataset = read_set(name, data_root)
+            name, full = dataset.name, dataset.full or len(dataset)
+            images = f"{len(dataset)} of {full} images"
+            wrong = survey(dataset, workers)
+            if len(dataset) != full:
+                wrong.append(f"the benchmark has {full} images: results will be marked partial")
         except InputError as error:
-            print(f"{name:<13}missing")
-            report.append(str(error))
-            continue
-        wrong, stored = survey(dataset, workers)
-        if len(wrong) > SHOWN:
-            wrong[SHOWN:] = [f"and {len(wrong) - SHOWN} more files"]
-        n, full = len(dataset), dataset.full or len(dataset)
-        if n != full:
-            wrong.append(f"{n} images, the benchmark has {full}: results will be marked partial")
-        facts = (f"{n} of {full}", spans(stored), allowed(dataset.items[0][-1]))
-        print(row.format(dataset.name, "wrong" if wrong else "ok", *facts))
-        report += [f"{dataset.name}: {line}" for line in wrong]
-    if report:
-        print("", *report, sep="\n")
-    return int(bool(report))
+            wrong = [error]
+        state = f"wrong ({len(wrong)})" if wrong else "ok"
+        print(f"{name:<13}{state:<11}{images}", *wrong[:SHOWN], sep="\n    ")
+        status |= bool(wrong)
+    return status
 
 
 # ---- python benchmarks.py prepare-context ----
 
-MAT_FOLDER = "trainval"  # as trainval.tar.gz unpacks
-MAT_TYPES = " bBhHiIf d  qQ"  # numpy's letter of each number type, by the format's own number
-MAT_MATRIX, MAT_COMPRESSED = 14, 15
-MAT_ODD = dict(enumerate("cell struct object char sparse".split(), start=1))  # kinds of matrix
-MAT_BYTES = 64 << 20  # of a file, unpacked; nothing is packed twice, so it is below 1,032 times too
+CONTEXT_CLASS = np.zeros(460, np.uint8)  # of each id; the others are background
+CONTEXT_CLASS[CONTEXT_IDS] = range(60)
+MAT_KINDS = """? cell struct object char sparse double single int8 uint8 int16 uint16 int32 uint32
+int64 uint64""".split()  # of a matrix, by the format's own number
 
 
-def mat_elements(content):
-    """(type, bytes) of the data elements in a part of a MATLAB 5 MAT-file, little-endian."""
-    at = 0
-    while at < len(content):
-        kind, size = struct.unpack_from("<II", content, at)
-        at += 8
-        if kind >> 16:  # a small element: size, type and up to 4 bytes in the place of a tag
-            yield kind & 0xFFFF, content[at - 4 : at - 4 + (kind >> 16)]
-        else:
-            yield kind, content[at : at + size]
-            at += size + (-size % 8 if kind != MAT_COMPRESSED else 0)
+def read_mat(path):
+    """The class of each pixel, uint8 [h, w], of a .mat file of PASCAL Context; InputError if none.
 
-
-def read_mat(path, name):
-    """The real matrix [h, w] of this name in a MATLAB 5 MAT-file; InputError without one."""
+    MATLAB 5's format is a header of 128 bytes, then elements: type, size, body. Here it is a matrix
+    (14), or that packed by zlib (15); its own elements are flags, shape, name and numbers.
+    """
     try:
-        with open(path, "rb") as file:
-            content, room = file.read(MAT_BYTES), MAT_BYTES
-        if content[124:128] != b"\0\1IM":
+        content = path.read_bytes()
+        version, element = struct.unpack_from("<124x4sI", content)
+        if version != b"\0\1IM":
             raise ValueError("no header of version 1, little-endian")
-        for kind, body in mat_elements(content[128:]):
-            if kind == MAT_COMPRESSED:
-                unpack = zlib.decompressobj()
-                body = unpack.decompress(body, room + 1)
-                room -= len(body)
-                if room < 0 or not unpack.eof:
-                    raise ValueError("cut off, or unpacks to more than 64 MB")
-                [(kind, body)] = mat_elements(body)
-            if kind == MAT_MATRIX:
-                parts = itertools.islice(mat_elements(body), 4)
-                (_, flags), (_, shape), (_, called), *rest = parts
-                if called == name.encode():
-                    if odd := MAT_ODD.get(flags[0]) or "complex" * (flags[1] >> 3 & 1):
-                        raise ValueError(f"it is {odd}")
-                    height, width = struct.unpack("<2i", shape)
-                    flat = np.frombuffer(rest[0][1], "<" + MAT_TYPES[rest[0][0]])
-                    return flat.reshape(width, height).T  # column by column -> [h, w]
-        raise ValueError("it is not there")
+        matrix = content[128:]
+        if element == 15:
+            unpack = zlib.decompressobj()
+            matrix = unpack.decompress(content[136:], 64 << 20)
+            if not unpack.eof:
+                raise ValueError("cut off, or unpacks to more than 64 MB")
+        # 8x: type and size of an element; the last one's say how the numbers after it are packed.
+        layout = "<I4x 8xBB6x 8x2I 8x8s I4x"
+        element, kind, bits, height, width, name, packed = struct.unpack_from(layout, matrix)
+        if element != 14 or name != b"LabelMap" or height * width == 0:
+            raise ValueError("it is not there")
+        found = "complex" if bits & 8 else MAT_KINDS[kind]
+        if found != "uint16":
+            raise ValueError(f"it is {found}")
+        number = {2: "<u1", 4: "<u2"}[packed]  # in 8 bits where they suffice
+        flat = np.frombuffer(matrix, number, height * width, offset=struct.calcsize(layout))
+        return CONTEXT_CLASS[flat.reshape(width, height).T]  # column by column -> [h, w]
     except Exception as error:  # whatever a broken file makes them stumble over
         raise InputError(
-            f"{path}: no whole MATLAB 5 MAT-file with a matrix {name} of real numbers ({error})"
+            f"{path}: no whole MATLAB 5 MAT-file with a uint16 matrix LabelMap of ids 0 to 459 "
+            f"({error}); PASCAL Context's trainval.tar.gz has them"
         ) from error
 
 
 def context_label(paths):
-    """One (.mat, .png): the 459 classes become 60; an id that is not of CONTEXT_IDS is 0."""
+    """One (.mat, .png): the 459 classes become 60."""
     mat, png = paths
-    stored = read_mat(mat, "LabelMap")  # [h, w]
-    odd = np.setdiff1d(stored, range(460))
-    if odd.size or not stored.size:
-        raise InputError(f"{mat}: LabelMap holds {odd[:1]}; PASCAL Context's ids are 0 to 459")
-    table = np.zeros(460, dtype=np.uint8)
-    table[CONTEXT_IDS] = np.arange(60)
-    label = Image.fromarray(table[stored.astype(int)])
-    label.putpalette(sum(ADE_PALETTE[:60], []))
+    label = Image.fromarray(read_mat(mat))
+    label.putpalette(sum(BENCHMARKS["context"].palette, []))
     files.save_png(png, label)
 
 
-def context_val_ids(root, mats):
+def context_val_ids(root):
     """The ids of PASCAL Context's validation images.
 
     Paper silent: which. The benchmark's 5,104 (MMSegmentation's) are those that
@@ -702,8 +640,7 @@ def context_val_ids(root, mats):
     if own.is_file():
         return read_list(own)
     if not merged.is_file():
-        ids = read_list(root / "ImageSets/Main/val.txt")
-        return [i for i in ids if (mats / f"{i}.mat").is_file()]
+        return read_list(root / "ImageSets/Main/val.txt")
     try:
         images = json.loads(files.read_text(merged))["images"]
         return sorted(Path(image["file_name"]).stem for image in images if image["phase"] == "val")
@@ -715,16 +652,10 @@ def prepare_context(data_root, mats=None, workers=1):
     """SegmentationClassContext/*.png from the 459-class .mat files, then val.txt; keeps what is."""
     bench = BENCHMARKS["context"]
     root = Path(data_root, bench.root)
-    mats, listed = Path(mats or root / MAT_FOLDER), root / bench.ids
-    ids = context_val_ids(root, mats)
+    mats, listed = Path(mats or root / "trainval"), root / bench.ids
+    ids = context_val_ids(root)
     pairs = [(mats / f"{i}.mat", root / CONTEXT_LABEL.replace("{id}", i)) for i in ids]
-    todo = [(mat, png) for mat, png in pairs if not png.is_file()]
-    missing = [mat for mat, _ in todo if not mat.is_file()] if ids else [mats]
-    if missing:
-        raise InputError(
-            f"{missing[0]}: {len(missing)} of the val images' .mat files are missing; unpack "
-            f"PASCAL Context's trainval.tar.gz in {root}, or give --mat"
-        )
+    todo = [pair for pair in pairs if not pair[1].is_file()]
     list(files.in_parallel(context_label, todo, workers, "PASCAL Context"))
     if not listed.is_file():  # last: what it lists is there
         files.write_text(listed, "\n".join(ids) + "\n")
@@ -732,10 +663,9 @@ def prepare_context(data_root, mats=None, workers=1):
         f"{listed}: {len(ids)} images; {len(todo)} PNGs written, {len(ids) - len(todo)} were there"
     )
     if len(ids) != bench.full:
-        print(
+        note(
             f"warning: the benchmark has {bench.full} images, so results are marked partial; for "
-            f"its own list put trainval_merged.json into {root}, delete {listed.name}, run again",
-            file=sys.stderr,
+            f"its own list put trainval_merged.json into {root}, delete {listed.name}, run again"
         )
 
 
@@ -755,11 +685,13 @@ def parse_args(argv=None):
     )
     add("--data-root", default="data", help="folder of the benchmarks (default: data)")
     add("--datasets", nargs="+", metavar="NAME|SPEC.json", help="for check (default: the eight)")
+    add("--mat", help="for prepare-context: the .mat files (default: trainval beside JPEGImages)")
     add(
-        "--mat",
-        help=f"for prepare-context: the .mat files (default: {MAT_FOLDER} beside JPEGImages)",
+        "--workers",
+        type=files.count,
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores)",
     )
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     return p.parse_args(argv)
 
 
