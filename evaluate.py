@@ -13,7 +13,7 @@ overlap, resized to the label, argmax; a constant background channel where a set
 confusion matrix per set. Fewer images than the whole set has give a result that is marked partial
 everywhere. With --precision fp32 (the default) nothing is rounded to TF32.
 
-In the file's order: geometry and metric, which need numpy and torch alone; one image; one set;
+In the file's order: geometry and metric, which need torch alone, for copying; one image; one set;
 label PNGs; all that is checked before the long work; main. K classes that are prompts, n classes
 of a set, h w pixels.
 """
@@ -21,7 +21,6 @@ of a set, h w pixels.
 import argparse
 import os
 import sys
-import time
 
 import numpy as np
 import open_clip
@@ -203,12 +202,12 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
     Returns its entry of results.json, and what is drawn: the confusion matrix and example pictures
     (image, label, prediction).
     """
-    started, n, pictures = time.perf_counter(), len(dataset.classes), {}
+    n, pictures = len(dataset.classes), {}
     if net:
-        # [K, C]
+        # Once for the whole set: [K, C].
         text = net.encode_classes(dataset.prompts(), tokenizer, read_templates(args.templates))
     sweep = SWEEP if args.sweep_threshold and dataset.background else []
-    # The result's and the sweep's.
+    # One for the result, and one for each threshold of the sweep.
     matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64, device=device)
     mine = dataset.items[rank::ranks]  # dealt out without padding: every image counts once
     bar = tqdm(loaded(mine, args.workers), dataset.name, len(mine), disable=rank > 0)
@@ -235,16 +234,15 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
         try:
             dist.all_reduce(matrices)  # of integers: the order of the ranks does not matter
         except RuntimeError as error:
-            raise files.InputError("another rank is gone; see its message") from error
+            raise files.InputError(f"another rank is gone, see its message: {error}") from error
     matrices = matrices.cpu()
-    result = summary(dataset, matrices, sweep, time.perf_counter() - started)
+    result = summary(dataset, matrices, sweep, bar.format_dict["elapsed"])
     return result, (matrices[0], pictures.values())
 
 
 def summary(dataset, matrices, sweep, seconds):
     """The entry of results.json: percent, None where a class does not occur."""
     matrix = matrices[0]
-    iou = zip(dataset.classes, iou_per_class(matrix), strict=True)
     partial = [dataset.classes.index(name) for name in dataset.partial]
     result = {
         "miou": mean_iou(matrix),
@@ -252,7 +250,7 @@ def summary(dataset, matrices, sweep, seconds):
         "images": len(dataset),
         "full": dataset.full,
         "partial": len(dataset) != dataset.full,
-        "iou": {name: mean_of(value) for name, value in iou},
+        "iou": dict(zip(dataset.classes, map(mean_of, iou_per_class(matrix)), strict=True)),
         "partial_miou": mean_iou(matrix, partial),  # Table 3
         "seconds": round(seconds, 1),
     }
@@ -281,8 +279,8 @@ def save_prediction(args, dataset, image_id, prediction):
 def read_prediction(args, dataset, image_id, shape):
     """Class indices int64 [h, w] of a method's label PNG, or of what save_prediction wrote."""
     path = prediction_path(args, dataset, image_id)
-    values = benchmarks.lookup_table(range(len(dataset.classes)), [])
-    prediction = benchmarks.read_label(path, values)
+    table = benchmarks.lookup_table(range(len(dataset.classes)), [])
+    prediction = benchmarks.read_label(path, table)
     if prediction.shape != shape:
         raise files.InputError(
             f"{path}: the prediction is {prediction.shape}, the label {shape} (height, width)"
@@ -292,15 +290,15 @@ def read_prediction(args, dataset, image_id, shape):
 
 def draw_worst(args, dataset, out):
     """For --per-image, from the label PNGs: the mIoU of every image, and a sheet of the worst."""
-    lines, worst = ["image,miou\n"], []
+    table, worst = "image,miou\n", []
     for image_id, image, label in loaded(dataset.items, args.workers):
         prediction = read_prediction(args, dataset, image_id, label.shape)
         iou = mean_iou(confusion(label, prediction, len(dataset.classes)))
         if iou is not None:
-            lines.append(f'"{image_id}",{iou}\n')
+            table += f'"{image_id}",{iou}\n'
             # No more than these are held; ids differ, so that pictures are never compared.
-            worst = sorted([*worst, (iou, image_id, (image, label, prediction))])[:WORST]
-    files.write_text(f"{out}.images.csv", "".join(lines))
+            worst = sorted([*worst, (iou, image_id, (image, label, prediction.numpy()))])[:WORST]
+    files.write_text(f"{out}.images.csv", table)
     for iou, image_id, _ in worst:
         print(f"{iou:7.1f}  {files.printable(image_id)}")
     report.write_sheet(f"{out}.worst.png", dataset, [row for *_, row in worst])
@@ -376,14 +374,11 @@ def parse_args(argv=None):
     )
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--all",
-        action="store_const",
-        dest="datasets",
-        const=report.COLUMNS,
-        help="the eight benchmarks of Table 1",
+        "--all", action="store_const", dest="datasets", const=report.COLUMNS, help="Table 1's eight"
     )
-    words = f"a SPEC.json, or one of {', '.join(report.COLUMNS)}"
-    which.add_argument("--datasets", nargs="+", help=words)
+    which.add_argument(
+        "--datasets", nargs="+", help=f"SPEC.json, or of {', '.join(report.COLUMNS)}"
+    )
     p.add_argument(
         "--method",
         choices=["gcl", *backbone.METHODS],
@@ -394,8 +389,15 @@ def parse_args(argv=None):
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         for name, text in flags.items():
             p.add_argument(f"--{name}", help=text, **how)
-    p.set_defaults(method="gcl", pamr=True, precision="fp32", **PROTOCOL)
-    p.set_defaults(data_root="data", out="results", workers=2)
+    p.set_defaults(
+        method="gcl",
+        pamr=True,
+        precision="fp32",
+        data_root="data",
+        out="results",
+        workers=2,
+        **PROTOCOL,
+    )
     args = p.parse_args(argv)
     if args.checkpoint and (args.predictions or args.method != "gcl"):
         p.error("--checkpoint goes with --method gcl alone")
@@ -412,8 +414,7 @@ def parse_args(argv=None):
 
 def read_templates(name):
     """Prompt templates of --templates; InputError for a file without any."""
-    lines = TEMPLATES.get(name) or files.read_text(name).splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = TEMPLATES.get(name) or files.read_text(name).strip().splitlines()
     if {line.count("{}") for line in lines} != {1}:
         raise files.InputError(
             f"--templates {name}: needs one prompt per line, each with one {{}} for the class name"
@@ -448,8 +449,8 @@ def keep_partial(dataset):
     if not dataset.partial:
         raise files.InputError(f"--partial-only: Table 3 has no classes of {dataset.name}")
     kept = [dataset.classes.index(name) for name in dataset.partial]
-    table = benchmarks.lookup_table(kept, rest=benchmarks.IGNORE)
-    table = np.append(table, benchmarks.INVALID)  # the last is INVALID's, -1
+    # Of class indices, IGNORE, and INVALID, which is -1 and so finds the last.
+    table = np.append(benchmarks.lookup_table(kept, rest=benchmarks.IGNORE), benchmarks.INVALID)
     dataset.items = [(*item, table[lut]) for *item, lut in dataset.items]
     dataset.palette = [dataset.palette[k] for k in kept]
     dataset.classes = dataset.partial
@@ -465,8 +466,9 @@ def load_model(args, device):
     if args.method == "gcl":
         net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
     else:
-        clip = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
-        net = gcl.GCL(gcl.load_clip(*clip, device)[0])
+        model, pretrained = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
+        clip, _ = gcl.load_clip(model, pretrained, device)
+        net = gcl.GCL(clip)
     if device.type == "cpu":
         winograd.use(net)  # the same convolutions, in fewer products
     return net, backbone.tokenizer_of(net.clip)
@@ -529,7 +531,7 @@ def main(args):
         print(f"{args.out}/results.md: average mIoU {average}")
         if args.datasets == report.COLUMNS:
             row = report.TABLE_1["GCL"] if args.pamr else WITHOUT_PAMR
-            print("the paper's GCL on these sets, and its average:", *row)
+            print("the paper's GCL on the eight, and its average:", *row)
 
 
 if __name__ == "__main__":

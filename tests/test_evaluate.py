@@ -465,14 +465,14 @@ def test_three_processes_give_the_same_results(world, maskclip, tmp_path):
         assert one[name] | {"seconds": 0} == many[name] | {"seconds": 0}
 
 
-def test_a_rank_that_is_gone_is_one_line(monkeypatch):
+def test_a_rank_that_is_gone_is_said(monkeypatch):
     def gone(matrices):
         raise RuntimeError("Connection closed by peer\nand more")
 
     monkeypatch.setattr(evaluate.dist, "all_reduce", gone)
     found = benchmarks.SegmentationSet("none", ["a"], False, [], [], 0)
     args = argparse.Namespace(predictions="x", sweep_threshold=False, workers=0)
-    with pytest.raises(files.InputError, match="another rank is gone; see its message"):
+    with pytest.raises(files.InputError, match="another rank is gone.*Connection closed by peer"):
         evaluate.evaluate_set(found, None, None, args, torch.device("cpu"), 0, 2)
 
 
@@ -582,7 +582,7 @@ def test_a_partial_benchmark_is_marked_everywhere_and_scored_again_the_same(
     first = ("--method", "clearclip", *world.clip, *SMALL, "--no-pamr", "--save-predictions")
     one = evaluated(*common, *first, "--out", tmp_path / "first")
     said = capsys.readouterr()
-    assert "(partial: 3 of 500 images)" in said.out and said.out.strip().endswith("(partial)")
+    assert "(partial: 3 of 500 images)" in said.out and "(partial)\n" in said.out
     assert said.err.count("left out: ") == 7
     for name in ("load_clip", "load", "GCL"):
         monkeypatch.setattr(gcl, name, None)
@@ -610,7 +610,7 @@ def test_the_average_is_whole_only_when_every_set_is():
 
 def test_templates_may_come_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("a {} at sea.\n\n  one {}.  \n")
+    file.write_text("\na {} at sea.\none {}.\n\n")
     assert evaluate.read_templates(str(file)) == ["a {} at sea.", "one {}."]
     for wrong in ("no name here\n", "", "{} and {}\n"):
         file.write_text(wrong)
@@ -661,7 +661,7 @@ def test_wrong_data_is_explained(world, tmp_path, monkeypatch, capsys):
     Image.new("L", (7, 9)).save(tmp_path / "odd/labels/3.png")
     monkeypatch.chdir(tmp_path)
     for args, words in (
-        ((plain,), "runs/gcl/last.pt: no such file; train first"),
+        ((plain,), "runs/gcl/last.pt: no such file"),
         ((plain, *maskclip, "--device", "gpu"), "--device gpu: no such device"),
         ((plain, *maskclip, "--device", "cuda"), "--device cuda: GPU 0 is asked for"),
         ((plain, plain, *maskclip), "the same name"),
