@@ -208,29 +208,30 @@ def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
         text = net.encode_classes(dataset.prompts(), tokenizer, read_templates(args.templates))
     sweep = SWEEP if args.sweep_threshold and dataset.background else []
     # One for the result, and one for each threshold of the sweep.
-    matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64, device=device)
+    matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)
     mine = dataset.items[rank::ranks]  # dealt out without padding: every image counts once
     bar = tqdm(loaded(mine, args.workers), dataset.name, len(mine), disable=rank > 0)
     for k, (image_id, image, label) in enumerate(bar):
         if args.predictions:
-            predictions = [read_prediction(args, dataset, image_id, label.shape).to(device)]
+            predictions = [read_prediction(args, dataset, image_id, label.shape)]
         else:
             masks = segment_image(net, image, text, args)
             value, index = best_class(masks, label.shape)  # [h, w]
-            if not value.isfinite().all():
+            if (~value.isfinite()).any():
                 raise files.InputError(f"{image_id}: masks are not finite; try --precision fp32")
             predictions = [index]
             if dataset.background:
                 thresholds = args.bg_threshold, *map(float, sweep)
                 predictions = [with_background(value, index, t) for t in thresholds]
         for matrix, prediction in zip(matrices, predictions, strict=True):
-            matrix += confusion(label, prediction, n)
+            matrix += confusion(label, prediction, n).cpu()
         prediction = predictions[0].cpu().numpy()
         if args.save_predictions or args.per_image and net:
             save_prediction(args, dataset, image_id, prediction)
         # The last one stays of each of ROWS parts, so they come from all over the set.
         pictures[k * report.ROWS // len(mine)] = image, label, prediction
     if ranks > 1:
+        matrices = matrices.to(device if dist.get_backend() == "nccl" else "cpu")
         try:
             dist.all_reduce(matrices)  # of integers: the order of the ranks does not matter
         except RuntimeError as error:
