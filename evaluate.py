@@ -13,17 +13,14 @@ overlap, resized to the label, argmax; a constant background channel where a set
 confusion matrix per set. Fewer images than the whole set has give a result that is marked partial
 everywhere. With --precision fp32 (the default) nothing is rounded to TF32.
 
-In the file's order: geometry and metric, which need numpy and torch alone; one image; one set;
+In the file's order: geometry and metric, which need torch alone, for copying; one image; one set;
 label PNGs; all that is checked before the long work; main. K classes that are prompts, n classes
 of a set, h w pixels.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -31,6 +28,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 import backbone
@@ -57,16 +55,20 @@ def windows(height, width, size, stride):
     """Corners (y1, y2, x1, x2) of windows that cover the image, the last flush with its border."""
 
     def spans(length):
-        count = max(-(-(length - size) // stride), 0) + 1  # rounded up
-        ends = [min(k * stride + size, length) for k in range(count)]
+        ends = *range(size, length, stride), length
         return [(max(end - size, 0), end) for end in ends]
 
     return [(*y, *x) for y in spans(height) for x in spans(width)]
 
 
-def confusion(label, prediction, n, ignore=255):
-    """int64 [n, n]: pixels of class i (rows) predicted as class j (columns), without ignored."""
-    scored = label != ignore
+def confusion(label, prediction, n):
+    """int64 [n, n]: pixels of class i (rows) predicted as class j (columns).
+
+    label, prediction: integers [h, w], a tensor or array and a tensor. A label past the classes,
+    such as 255, is ignored.
+    """
+    label = torch.as_tensor(label, dtype=torch.int64, device=prediction.device)
+    scored = label < n
     pairs = label[scored] * n + prediction[scored]  # one number for each (i, j)
     return torch.bincount(pairs, minlength=n * n).view(n, n)  # [n*n] -> [n, n]
 
@@ -78,22 +80,29 @@ def iou_per_class(matrix):
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
 
 
+def mean_of(values):
+    """The mean of those that are not nan, 4 digits; None where all are."""
+    mean = values.nanmean()
+    return None if mean.isnan() else round(mean.item(), 4)
+
+
 def mean_iou(matrix, among=slice(None)):
     """Mean IoU in percent over the classes that occur in labels or predictions, 4 digits.
 
     among: indices of the classes to take, all by default. None where none of them occurs.
     """
-    mean = iou_per_class(matrix)[among].nanmean()
-    return None if mean.isnan() else round(mean.item(), 4)
+    return mean_of(iou_per_class(matrix)[among])
 
 
 def accuracies(matrix):
-    """Pixel accuracy, mean accuracy over the classes of labels, and IoU weighted by how often a
-    class is a label, each in percent; None where no pixel is scored."""
+    """In percent: the share of pixels that are right, its mean over the classes of labels, and IoU
+    weighted by how often a class is a label; None where no pixel is scored."""
     hit, label = matrix.double().diag(), matrix.double().sum(1)  # [n] each, pixels
-    weighted = (iou_per_class(matrix).nan_to_num() * label).sum() / 100
-    values = hit.sum() / label.sum(), (hit / label).nanmean(), weighted / label.sum()
-    return [None if value.isnan() else round(100 * value.item(), 4) for value in values]
+    return {
+        "pixel_accuracy": mean_of(100 * hit.sum() / label.sum()),
+        "mean_accuracy": mean_of(100 * hit / label),
+        "fw_iou": mean_of((iou_per_class(matrix) * label).nansum() / label.sum()),
+    }
 
 
 # ---- one image ----
@@ -108,16 +117,16 @@ def segment_image(net, image, text, args):
     size of the image.
     """
     recipe = net.recipe if args.method == "gcl" else gcl.RECIPES["paper"]
-    mean, std = torch.tensor(recipe.norm, device=text.device).view(2, 3, 1, 1)  # [3, 1, 1] each
     x = torch.from_numpy(image).to(text.device).permute(2, 0, 1).float()  # [3, h0, w0]
     size = resized(*image.shape[:2], args.short_side)
     # Paper silent: how images are resized. Bilinear without antialiasing, as the release.
     x = backbone.resize(x[None], size)  # [1, 3, h, w]
     if recipe.resize_bytes:  # Release differs: before the normalisation, and so rounded
         x = x.round()
-    x = (x / 255 - mean) / std
+    x = normalize(x / 255, *recipe.norm)
     corners = windows(*size, args.window, args.stride)
-    crops = torch.cat([x[..., y1:y2, x1:x2] for y1, y2, x1, x2 in corners])  # [windows, 3, ...]
+    places = [(..., slice(y1, y2), slice(x1, x2)) for y1, y2, x1, x2 in corners]
+    crops = torch.cat([x[place] for place in places])  # [windows, 3, ...]
     half, refine = PRECISIONS[args.precision], pamr.pamr if args.pamr else None
     with torch.autocast(crops.device.type, half, enabled=bool(half)):
         if args.method == "gcl":
@@ -125,37 +134,24 @@ def segment_image(net, image, text, args):
         else:
             masks = net.segment_clip(crops, text, args.method, refine)
     total, count = masks.new_zeros(len(text), *size), masks.new_zeros(size)
-    for mask, (y1, y2, x1, x2) in zip(masks, corners, strict=True):
-        total[:, y1:y2, x1:x2] += mask
-        count[y1:y2, x1:x2] += 1
+    for mask, place in zip(masks, places, strict=True):
+        total[place] += mask
+        count[place] += 1
     return total / count  # [K, h, w]
 
 
-def best_class(masks, size, chunk=16):
+def best_class(masks, size):
     """Masks [K, h, w] resized to size, then the maximum over classes: values, indices [*size].
 
-    A few classes at a time, so that no [K, *size] map is ever held; the first of equal ones wins.
+    One class at a time, so that no [K, *size] map is ever held; the first of equal ones wins.
     """
     value = masks.new_full(size, -1.0)  # masks are not negative
-    index = torch.zeros_like(value, dtype=torch.int64)
-    for k in range(0, len(masks), chunk):
-        high, at = backbone.resize(masks[None, k : k + chunk], size)[0].max(0)  # [*size]
-        index = torch.where(high > value, at + k, index)
-        value = torch.maximum(high, value)
+    index = value.long()
+    for k, mask in enumerate(masks):
+        mask = backbone.resize(mask[None, None], size)[0, 0]  # [*size]
+        index = torch.where(mask > value, k, index)
+        value = torch.maximum(mask, value)
     return value, index
-
-
-def best_text(net, image, text, args, size):
-    """best_class of segment_image for texts [K, C] in groups, whose masks alone are held at once.
-
-    The refined MaskCLIP compares all texts with each other, so they are one group.
-    """
-    group = len(text) if args.method == "maskclip-refined" else 256
-    parts = text.split(group)
-    found = [best_class(segment_image(net, image, part, args), size) for part in parts]
-    values, indices = (torch.stack(x) for x in zip(*found, strict=True))  # [groups, *size]
-    value, best = values.max(0)
-    return value, indices.gather(0, best[None])[0] + best * group  # [1, *size] -> [*size]
 
 
 def with_background(value, index, threshold):
@@ -166,7 +162,8 @@ def with_background(value, index, threshold):
 # ---- one set ----
 
 WORST = 20  # images of --per-image that are shown
-SWEEP = [k / 20 for k in range(1, 20)]  # thresholds of --sweep-threshold
+SWEEP = """0.05 0.10 0.15 0.20 0.25 0.30 0.35 0.40 0.45 0.50
+0.55 0.60 0.65 0.70 0.75 0.80 0.85 0.90 0.95""".split()  # thresholds of --sweep-threshold
 
 
 def read_item(item):
@@ -185,136 +182,127 @@ def loaded(items, workers):
     They send arrays, through a pipe: tensors would go through /dev/shm, which Docker keeps small.
     """
     try:
-        loader = DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
         with files.held_signals():
-            items = iter(loader)
-        yield from items
+            items = iter(
+                DataLoader(items, batch_size=None, collate_fn=read_item, num_workers=workers)
+            )
+        for item in items:
+            if isinstance(item, files.InputError):
+                raise item
+            yield item
     except RuntimeError as error:  # of DataLoader alone, when a process of its own is gone
-        killed = "a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
-        raise files.InputError(killed) from error
+        raise files.InputError(
+            "a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
+        ) from error
 
 
 def evaluate_set(dataset, net, tokenizer, args, device, rank=0, ranks=1):
     """One set on this rank, then the sum over ranks.
 
-    Returns its entry of results.json, and what is drawn: the confusion matrix, example pictures
-    (image, label, prediction), and with --per-image (mIoU, image id) of all images.
+    Returns its entry of results.json, and what is drawn: the confusion matrix and example pictures
+    (image, label, prediction).
     """
-    started, n, pictures, images = time.perf_counter(), len(dataset.classes), [], []
+    n, pictures = len(dataset.classes), {}
     if net:
-        prompts, templates = dataset.prompts(), read_templates(args.templates)
-        text = net.encode_classes(prompts, tokenizer, templates)  # [K, C]
+        # Once for the whole set: [K, C].
+        text = net.encode_classes(dataset.prompts(), tokenizer, read_templates(args.templates))
     sweep = SWEEP if args.sweep_threshold and dataset.background else []
-    matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)  # the result's, the sweep's
+    # One for the result, and one for each threshold of the sweep.
+    matrices = torch.zeros(1 + len(sweep), n, n, dtype=torch.int64)
     mine = dataset.items[rank::ranks]  # dealt out without padding: every image counts once
-    shown = np.linspace(0, len(mine) - 1, report.ROWS).astype(int)  # of rank 0's images
     bar = tqdm(loaded(mine, args.workers), dataset.name, len(mine), disable=rank > 0)
-    for k, item in enumerate(bar):
-        if isinstance(item, files.InputError):
-            raise item
-        image_id, image, label = item
+    for k, (image_id, image, label) in enumerate(bar):
         if args.predictions:
-            found = read_prediction(args, dataset, image_id, label.shape)
-            predictions = [torch.from_numpy(found)]
+            predictions = [read_prediction(args, dataset, image_id, label.shape)]
         else:
-            value, index = best_text(net, image, text, args, label.shape)  # [h, w]
+            masks = segment_image(net, image, text, args)
+            value, index = best_class(masks, label.shape)  # [h, w]
             if (~value.isfinite()).any():
                 raise files.InputError(f"{image_id}: masks are not finite; try --precision fp32")
             predictions = [index]
             if dataset.background:
-                thresholds = args.bg_threshold, *sweep
+                thresholds = args.bg_threshold, *map(float, sweep)
                 predictions = [with_background(value, index, t) for t in thresholds]
-        scored = torch.from_numpy(label.astype(np.int64)).to(predictions[0].device)
         for matrix, prediction in zip(matrices, predictions, strict=True):
-            matrix += confusion(scored, prediction, n, max(benchmarks.IGNORE, n)).cpu()
-        prediction = predictions[0].cpu().numpy().astype(np.uint8 if n <= 256 else np.uint16)
+            matrix += confusion(label, prediction, n).cpu()
+        prediction = predictions[0].cpu().numpy()
         if args.save_predictions or args.per_image and net:
             save_prediction(args, dataset, image_id, prediction)
-        if k in shown:
-            pictures.append((image, label, prediction))
-        if args.per_image:
-            own = confusion(scored, predictions[0], n, max(benchmarks.IGNORE, n))
-            images.append((mean_iou(own), image_id))
+        # The last one stays of each of ROWS parts, so they come from all over the set.
+        pictures[k * report.ROWS // len(mine)] = image, label, prediction
     if ranks > 1:
         matrices = matrices.to(device if dist.get_backend() == "nccl" else "cpu")
         try:
             dist.all_reduce(matrices)  # of integers: the order of the ranks does not matter
         except RuntimeError as error:
-            gone = "another rank is gone, see its message: " + files.first_line(error)
-            raise files.InputError(gone) from error
-        if args.per_image:
-            everyone = [None] * ranks
-            dist.all_gather_object(everyone, images)
-            images = sum(everyone, [])
-    result = summary(dataset, matrices.cpu(), sweep, time.perf_counter() - started)
-    return result, (matrices[0].cpu(), pictures, images)
+            raise files.InputError(f"another rank is gone, see its message: {error}") from error
+    matrices = matrices.cpu()
+    result = summary(dataset, matrices, sweep, bar.format_dict["elapsed"])
+    return result, (matrices[0], pictures.values())
 
 
 def summary(dataset, matrices, sweep, seconds):
     """The entry of results.json: percent, None where a class does not occur."""
-    iou = zip(dataset.classes, iou_per_class(matrices[0]).tolist(), strict=True)
+    matrix = matrices[0]
     partial = [dataset.classes.index(name) for name in dataset.partial]
-    names = "pixel_accuracy", "mean_accuracy", "fw_iou"
     result = {
-        "miou": mean_iou(matrices[0]),
-        **dict(zip(names, accuracies(matrices[0]), strict=True)),
+        "miou": mean_iou(matrix),
+        **accuracies(matrix),
         "images": len(dataset),
         "full": dataset.full,
-        "partial": len(dataset) != (dataset.full or len(dataset)),
-        "iou": {name: round(v, 4) if v == v else None for name, v in iou},
-        "partial_miou": mean_iou(matrices[0], partial),  # Table 3
+        "partial": len(dataset) != dataset.full,
+        "iou": dict(zip(dataset.classes, map(mean_of, iou_per_class(matrix)), strict=True)),
+        "partial_miou": mean_iou(matrix, partial),  # Table 3
         "seconds": round(seconds, 1),
     }
     if sweep:
-        values = map(mean_iou, matrices[1:])
-        result["sweep"] = {f"{t:.2f}": v for t, v in zip(sweep, values, strict=True)}
+        result["sweep"] = dict(zip(sweep, map(mean_iou, matrices[1:]), strict=True))
     return result
-
-
-def draw(args, dataset, matrix, pictures, images):
-    """All files of one set that are not its numbers."""
-    out = Path(args.out, dataset.name)
-    report.write_sheet(f"{out}.png", dataset, pictures)
-    report.write_confusion(args.out, dataset.name, matrix.numpy(), dataset.classes)
-    if args.per_image:
-        images = sorted(entry for entry in images if entry[0] is not None)  # the worst first
-        rows = [f'"{image_id}",{iou}\n' for iou, image_id in images]
-        files.write_text(f"{out}.images.csv", "".join(["image,miou\n", *rows]))
-        items, worst = {item[0]: item for item in dataset.items}, []
-        for iou, image_id in images[:WORST]:
-            print(f"{iou:7.1f}  {files.printable(image_id)}")
-            _, image, label = read_item(items[image_id])
-            worst.append((image, label, read_prediction(args, dataset, image_id, label.shape)))
-        report.write_sheet(f"{out}.worst.png", dataset, worst)
 
 
 # ---- label PNGs of any method: DIR/<dataset>/<image id>.png ----
 
 
-def prediction_path(folder, dataset, image_id):
-    return Path(folder, dataset.name, f"{image_id}.png")
+def prediction_path(args, dataset, image_id):
+    """Where the label PNG of an image is, or will be."""
+    folder = args.predictions or f"{args.out}/predictions"
+    return f"{folder}/{dataset.name}/{image_id}.png"
 
 
 def save_prediction(args, dataset, image_id, prediction):
     """A palette PNG of class indices; past 256 classes one of 16 bits, which has no palette."""
-    picture = Image.fromarray(prediction)
-    if prediction.dtype == np.uint8:
-        picture.putpalette(np.ravel(dataset.palette).tolist())
-    files.save_png(prediction_path(Path(args.out, "predictions"), dataset, image_id), picture)
+    picture = Image.fromarray(prediction.astype(np.min_scalar_type(len(dataset.classes) - 1)))
+    if picture.mode == "L":
+        picture.putpalette(sum(dataset.palette, []))
+    files.save_png(prediction_path(args, dataset, image_id), picture)
 
 
 def read_prediction(args, dataset, image_id, shape):
     """Class indices int64 [h, w] of a method's label PNG, or of what save_prediction wrote."""
-    folder = args.predictions or Path(args.out, "predictions")
-    path = prediction_path(folder, dataset, image_id)
-    if dataset.name == "cityscapes" and not path.is_file():
-        path = path.parents[1] / path.name  # most tools write no folder for the city
-    values = benchmarks.lookup_table(range(len(dataset.classes)), [])
-    prediction = benchmarks.read_label(path, values)
+    path = prediction_path(args, dataset, image_id)
+    table = benchmarks.lookup_table(range(len(dataset.classes)), [])
+    prediction = benchmarks.read_label(path, table)
     if prediction.shape != shape:
-        sizes = f"the prediction is {prediction.shape}, the label {shape} (height, width)"
-        raise files.InputError(f"{path}: {sizes}")
-    return prediction
+        raise files.InputError(
+            f"{path}: the prediction is {prediction.shape}, the label {shape} (height, width)"
+        )
+    return torch.from_numpy(prediction)
+
+
+def draw_worst(args, dataset, out):
+    """For --per-image, from the label PNGs: the mIoU of every image, and a sheet of the worst."""
+    table, worst = "image,miou\n", []
+    for image_id, image, label in loaded(dataset.items, args.workers):
+        prediction = read_prediction(args, dataset, image_id, label.shape)
+        iou = mean_iou(confusion(label, prediction, len(dataset.classes)))
+        if iou is not None:
+            table += f'"{image_id}",{iou}\n'
+            # No more than these are held; ids differ, so that pictures are never compared.
+            worst = sorted([*worst, (iou, image_id, (image, label, prediction.numpy()))])[:WORST]
+    files.write_text(f"{out}.images.csv", table)
+    for iou, image_id, _ in worst:
+        print(f"{iou:7.1f}  {files.printable(image_id)}")
+    report.write_sheet(f"{out}.worst.png", dataset, [row for *_, row in worst])
 
 
 # ---- before the long work: the command line, sets and model ----
@@ -341,7 +329,38 @@ PROTOCOL = {  # the same for all sets and methods; kp_weight is of the method gc
     "partial_only": False,
 }
 # GCL without PAMR, as TLH-CLIP and DeCLIP print it, from one source; its average is their own.
-WITHOUT_PAMR = (51.2, 24.3, 30.4, 77.5, 30.3, 19.6, 23.1, 14.9, 33.9)
+WITHOUT_PAMR = "51.2 24.3 30.4 77.5 30.3 19.6 23.1 14.9 33.9".split()
+FLAGS = {  # by kind: names, and help with the section of the paper
+    str: {
+        "data-root": "folder of the benchmarks, laid out as downloaded",
+        "checkpoint": "of train.py (default runs/gcl/last.pt), or the authors' tcl.pth",
+        "model": "open_clip name or config .json; default: the checkpoint's, else ViT-B/16",
+        "pretrained": "open_clip tag or weights file; default: the checkpoint's, or openai",
+        "templates": "release, simple, imagenet, or a file: a prompt a line, {} for names",
+        "predictions": "folder of any method's <dataset>/<image id>.png; needs no model",
+        "out": "folder for results.json, results.md and pictures",
+        "device": "cuda, mps or cpu; default: the best there is",
+    },
+    files.share: {
+        "bg-threshold": "background channel; 0.4 with PAMR, 0.5 without",
+        "kp-weight": "of gcl: knowledge preservation, 0.3 (Appendix A)",
+    },
+    files.count: {
+        "short-side": "pixels of the shorter side, 448 (Sec. 4.1)",
+        "window": "side of the sliding window, 448 (paper silent)",
+        "stride": "step of the sliding window, 224 (paper silent)",
+        "limit": "only the first so many images of each set: partial results",
+    },
+    files.count_or_zero: {"workers": "loader processes"},
+    bool: {
+        "available": "leave out the sets that are not there",
+        "pamr": "refine masks (Sec. 3.4); the default",
+        "sweep-threshold": "a diagnostic: mIoU at 0.05 to 0.95",
+        "partial-only": "Table 3's classes are the only prompts, and no other is scored",
+        "per-image": "mIoU of every image, a sheet of the worst 20",
+        "save-predictions": "label PNGs, to OUT/predictions",
+    },
+}
 
 
 def background_threshold(refined):
@@ -351,106 +370,91 @@ def background_threshold(refined):
 
 def parse_args(argv=None):
     """The command line; flags that do not go together end with exit code 2."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.set_defaults(**PROTOCOL)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--all", action="store_true", help="the eight benchmarks of Table 1")
-    known = f"of {', '.join(benchmarks.BENCHMARKS)}"
-    which.add_argument("--datasets", nargs="+", metavar="NAME|SPEC.json", help=known)
-    add = p.add_argument
-    add("--data-root", default="data", help="folder of the benchmarks, laid out as downloaded")
-    add("--available", action="store_true", help="with --all: only those that are there")
-    add("--checkpoint", help="of train.py (default runs/gcl/last.pt), or the authors' tcl.pth")
-    add("--model", help="open_clip name or config .json; default: the checkpoint's, else ViT-B/16")
-    add("--pretrained", help="open_clip tag or weights file; default: the checkpoint's, or openai")
-    alone = "gcl, or CLIP alone; of Table 1, maskclip is MaskCLIP-dagger, -refined MaskCLIP"
-    add("--method", choices=["gcl", *backbone.METHODS], default="gcl", help=alone)
-    flag = argparse.BooleanOptionalAction
-    add("--pamr", action=flag, default=True, help="refine masks (Sec. 3.4)")
-    add("--bg-threshold", type=float, help="background channel; 0.4 with PAMR, 0.5 without")
-    add("--sweep-threshold", action="store_true", help="a diagnostic: mIoU at 0.05 to 0.95")
-    add("--short-side", type=int, help="pixels of the shorter side, 448 (Sec. 4.1)")
-    add("--window", type=int, help="side of the sliding window, 448 (paper silent)")
-    add("--stride", type=int, help="step of the sliding window, 224 (paper silent)")
-    add("--kp-weight", type=float, help="of gcl: knowledge preservation, 0.3 (Appendix A)")
-    add("--templates", help="release, simple, imagenet, or a file: a prompt a line, {} for names")
-    alone = "Table 3's classes are the only prompts, and no other is scored"
-    add("--partial-only", action="store_true", help=alone)
-    add("--per-image", action="store_true", help="mIoU of every image, a sheet of the worst 20")
-    add("--limit", type=int, metavar="N", help="the first N images of each set: partial results")
-    add("--predictions", help="folder of any method's <dataset>/<image id>.png; needs no model")
-    add("--save-predictions", action="store_true", help="label PNGs, to OUT/predictions")
-    add("--out", default="results", help="folder for results.json, results.md and pictures")
-    add("--device", help="cuda, mps or cpu; default: the best there is")
-    half = "of CLIP and adapter; masks stay float32"
-    add("--precision", choices=PRECISIONS, default="fp32", help=half)
-    add("--workers", type=int, default=2, help="loader processes")
+    which.add_argument(
+        "--all", action="store_const", dest="datasets", const=report.COLUMNS, help="Table 1's eight"
+    )
+    which.add_argument(
+        "--datasets", nargs="+", help=f"SPEC.json, or of {', '.join(report.COLUMNS)}"
+    )
+    p.add_argument(
+        "--method",
+        choices=["gcl", *backbone.METHODS],
+        help="gcl, or CLIP alone; of Table 1, maskclip is MaskCLIP-dagger, -refined MaskCLIP",
+    )
+    p.add_argument("--precision", choices=PRECISIONS, help="of CLIP and adapter; masks are float32")
+    for kind, flags in FLAGS.items():
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        for name, text in flags.items():
+            p.add_argument(f"--{name}", help=text, **how)
+    p.set_defaults(
+        method="gcl",
+        pamr=True,
+        precision="fp32",
+        data_root="data",
+        out="results",
+        workers=2,
+        **PROTOCOL,
+    )
     args = p.parse_args(argv)
     if args.checkpoint and (args.predictions or args.method != "gcl"):
         p.error("--checkpoint goes with --method gcl alone")
     if args.predictions and (args.sweep_threshold or args.save_predictions):
         p.error("--sweep-threshold and --save-predictions need a model's masks")
-    if args.available and not args.all:
-        p.error("--available goes with --all")
-    if min(args.short_side, args.window, args.stride, 1 if args.limit is None else args.limit) < 1:
-        p.error("--short-side, --window, --stride and --limit must be positive")
-    if args.stride > args.window or args.workers < 0 or not 0 <= args.kp_weight <= 1:
-        p.error(
-            "--stride must be at most --window, --workers at least 0, --kp-weight between 0 and 1"
-        )
-    if os.path.isfile(args.out):
-        p.error(f"--out {args.out}: is a file, not a folder")
-    if args.method == "gcl" and not args.predictions:
+    if args.stride > args.window:
+        p.error("--stride must be at most --window")
+    if args.method == "gcl":
         args.checkpoint = args.checkpoint or "runs/gcl/last.pt"
     if args.bg_threshold is None:
-        args.bg_threshold = background_threshold(args.pamr and not args.predictions)
+        args.bg_threshold = background_threshold(args.pamr)
     return args
 
 
 def read_templates(name):
     """Prompt templates of --templates; InputError for a file without any."""
-    lines = TEMPLATES.get(name) or files.read_text(name).splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines or any(line.count("{}") != 1 for line in lines):
-        needs = "needs one prompt per line, each with one {} for the class name"
-        raise files.InputError(f"--templates {name}: {needs}")
+    lines = TEMPLATES.get(name) or files.read_text(name).strip().splitlines()
+    if {line.count("{}") for line in lines} != {1}:
+        raise files.InputError(
+            f"--templates {name}: needs one prompt per line, each with one {{}} for the class name"
+        )
     return lines
 
 
 def read_sets(args):
-    """The sets to evaluate, every path checked; InputError lists all that is missing at once."""
-    sets, missing = [], []
-    for name in benchmarks.BENCHMARKS if args.all else args.datasets:
+    """The sets to evaluate, every path checked; InputError for what is missing."""
+    sets = []
+    for name in args.datasets:
         try:
             sets.append(benchmarks.read_set(name, args.data_root))
         except files.InputError as error:
-            missing.append(str(error))
-    if missing and not (args.available and sets):
-        raise files.InputError("\n       ".join(missing))
-    for line in missing:
-        benchmarks.note(f"left out: {line}")
+            if not args.available:
+                raise
+            benchmarks.note(f"left out: {error}")
+    if not sets:
+        raise files.InputError(f"--data-root {args.data_root}: none of the sets is there")
     if len({dataset.name for dataset in sets}) < len(sets):
         raise files.InputError("--datasets: two sets have the same name, and so the same results")
     for dataset in sets:
         dataset.full = dataset.full or len(dataset)
         dataset.items = dataset.items[: args.limit]
-    return [partial_set(dataset) for dataset in sets] if args.partial_only else sets
+        if args.partial_only:
+            keep_partial(dataset)
+    return sets
 
 
-def partial_set(dataset):
-    """The set with Table 3's classes alone: other labels are not scored."""
+def keep_partial(dataset):
+    """Leaves Table 3's classes alone in a set: labels of others are not scored."""
     if not dataset.partial:
         raise files.InputError(f"--partial-only: Table 3 has no classes of {dataset.name}")
     kept = [dataset.classes.index(name) for name in dataset.partial]
-    table = np.full(257, benchmarks.IGNORE, np.int16)  # of class indices and IGNORE
-    table[kept], table[benchmarks.INVALID] = range(len(kept)), benchmarks.INVALID  # its last
-    return dataclasses.replace(
-        dataset,
-        classes=[dataset.classes[k] for k in kept],
-        palette=[dataset.palette[k] for k in kept],
-        items=[(*item, table[lut]) for *item, lut in dataset.items],
-    )
+    # Of class indices, IGNORE, and INVALID, which is -1 and so finds the last.
+    table = np.append(benchmarks.lookup_table(kept, rest=benchmarks.IGNORE), benchmarks.INVALID)
+    dataset.items = [(*item, table[lut]) for *item, lut in dataset.items]
+    dataset.palette = [dataset.palette[k] for k in kept]
+    dataset.classes = dataset.partial
 
 
 def load_model(args, device):
@@ -460,38 +464,15 @@ def load_model(args, device):
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if args.method != "gcl":
-        clip = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
-        net = gcl.GCL(gcl.load_clip(*clip, device)[0]).eval()
-    elif not os.path.exists(args.checkpoint):
-        raise files.InputError(args.checkpoint + ": no such file; train first, or give another")
-    else:
+    if args.method == "gcl":
         net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
+    else:
+        model, pretrained = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
+        clip, _ = gcl.load_clip(model, pretrained, device)
+        net = gcl.GCL(clip)
     if device.type == "cpu":
         winograd.use(net)  # the same convolutions, in fewer products
     return net, backbone.tokenizer_of(net.clip)
-
-
-def prepare(args, rank, ranks):
-    """(sets, device, net, tokenizer): everything that can be checked before the long work is.
-
-    Where that fails on one rank, all end, and the first says why.
-    """
-    errors = [None] * ranks
-    try:
-        read_templates(args.templates)
-        sets, device = read_sets(args), backbone.pick_device(args.device)
-        net, tokenizer = (None, None) if args.predictions else load_model(args, device)
-        for dataset in sets:
-            benchmarks.check_labels(dataset, args.workers)
-        Path(args.out).mkdir(parents=True, exist_ok=True)  # found out now, not after a set
-    except (files.InputError, OSError) as error:
-        errors[rank] = str(error)
-    if ranks > 1:
-        dist.all_gather_object(errors, errors[rank])
-    if any(errors):
-        raise SystemExit(1) if rank else files.InputError(next(filter(None, errors)))
-    return sets, device, net, tokenizer
 
 
 def settings_of(args, net):
@@ -499,13 +480,13 @@ def settings_of(args, net):
     settings = {"method": None, "predictions": args.predictions, "limit": args.limit}
     if args.predictions:
         return settings | {"unified_protocol": None}  # whoever made them knows
-    names = ["method", "checkpoint", "pamr", "bg_threshold", "precision", *PROTOCOL]
-    settings |= {name: getattr(args, name) for name in names} | {"clip": net.clip.source}
+    names = [*"method checkpoint pamr bg_threshold precision".split(), *PROTOCOL]
+    settings |= {name: getattr(args, name) for name in names}
+    protocol = PROTOCOL | {"bg_threshold": background_threshold(args.pamr)}
+    settings |= {"clip": net.clip.source, "unified_protocol": protocol.items() <= settings.items()}
     if args.method != "gcl":
         del settings["kp_weight"]
-    protocol = PROTOCOL | {"bg_threshold": background_threshold(args.pamr)}
-    same = all(settings.get(name, value) == value for name, value in protocol.items())
-    return settings | {"unified_protocol": same}
+    return settings
 
 
 # ---- all sets ----
@@ -524,26 +505,34 @@ def main(args):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         dist.init_process_group("gloo")  # for one small matrix a set, on any device
-    sets, device, net, tokenizer = prepare(args, rank, ranks)
+    # Everything that can be checked before the long work is.
+    read_templates(args.templates)
+    sets, device = read_sets(args), backbone.pick_device(args.device)
+    net, tokenizer = (None, None) if args.predictions else load_model(args, device)
+    for dataset in sets:
+        benchmarks.check_labels(dataset, args.workers)
+    os.makedirs(args.out, exist_ok=True)
     results = {"average": None, "partial": True, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
-        result, drawn = evaluate_set(dataset, net, tokenizer, args, device, rank, ranks)
+        result, (matrix, pictures) = evaluate_set(
+            dataset, net, tokenizer, args, device, rank, ranks
+        )
         results["datasets"][dataset.name] = result
-        totals(results, len(benchmarks.BENCHMARKS if args.all else sets))
+        totals(results, len(args.datasets))
         if rank == 0:  # after every set: a later one that fails loses nothing
-            draw(args, dataset, *drawn)
+            out = f"{args.out}/{dataset.name}"
+            report.write_sheet(f"{out}.png", dataset, pictures)
+            report.write_confusion(args.out, dataset.name, matrix, dataset.classes)
+            if args.per_image:
+                draw_worst(args, dataset, out)
             report.write_results(args.out, results)
-            images = "partial: " * result["partial"] + f"{len(dataset)} of {dataset.full} images"
-            print(f"{dataset.name}: mIoU {report.number(result['miou'])} ({images})", flush=True)
+            print(f"{report.heading(dataset.name, result)}: mIoU {report.number(result['miou'])}")
     if rank == 0:
         average = report.number(results["average"]) + " (partial)" * results["partial"]
         print(f"{args.out}/results.md: average mIoU {average}")
-        if args.method == "gcl" and not args.predictions and args.all:
+        if args.datasets == report.COLUMNS:
             row = report.TABLE_1["GCL"] if args.pamr else WITHOUT_PAMR
-            said = zip((*report.COLUMNS, "average"), row, strict=True)
-            print("the paper's GCL:", ", ".join(f"{name} {value}" for name, value in said))
-    if ranks > 1:
-        dist.destroy_process_group()
+            print("the paper's GCL on the eight, and its average:", *row)
 
 
 if __name__ == "__main__":
