@@ -451,7 +451,7 @@ def keep_partial(dataset):
         raise files.InputError(f"--partial-only: Table 3 has no classes of {dataset.name}")
     kept = [dataset.classes.index(name) for name in dataset.partial]
     # Of class indices, IGNORE, and INVALID, which is -1 and so finds the last.
-    table = np.append(benchmarks.lookup_table(kept, rest=benchmarks.IGNORE), benchmarks.INVALID)
+    table = np.append(benchmarks.lookup_table(kept, range(256)), benchmarks.INVALID)
     dataset.items = [(*item, table[lut]) for *item, lut in dataset.items]
     dataset.palette = [dataset.palette[k] for k in kept]
     dataset.classes = dataset.partial

@@ -667,7 +667,7 @@ def test_wrong_data_is_explained(world, tmp_path, monkeypatch, capsys):
         ((plain, *maskclip, "--device", "cuda"), "--device cuda: GPU 0 is asked for"),
         ((plain, plain, *maskclip), "the same name"),
         ((plain, *maskclip, "--templates", "shout"), "No such file"),
-        ((odd, *maskclip), "labels/3.png 7x9"),
+        ((odd, *maskclip), "labels/3.png (7, 9)"),
     ):
         assert words in refusal(capsys, "--datasets", *args, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
