@@ -107,8 +107,8 @@ class GCL(nn.Module):
 
     clip: an open_clip ViT CLIP (from load_clip, or your own). recipe: a name of RECIPES or a
     Recipe. losses: which of gcl_v, gcl_f, cl the forward pass computes. area_prior: p+ of Sec. 3.3.
-    Raises InputError for a CLIP without the plain ViT that dense features need, KeyError for an
-    unknown name.
+    Raises InputError for a CLIP without the plain ViT that dense features need; an unknown name is
+    a KeyError or, of a loss, an AttributeError.
     """
 
     def __init__(self, clip, recipe="paper", losses=("gcl_v", "gcl_f"), area_prior=0.4):
@@ -369,7 +369,7 @@ def load(path, model=None, pretrained=None, device="cpu"):
         recipe = Recipe(**checkpoint["recipe"])
         torch.tensor(recipe.norm).view(2, 3)  # [2, 3], mean and std of three channels
         net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"not a recipe and losses that this version has ({first_line(error)})"
         raise InputError(f"{path}: {what}") from error
     restore(net, checkpoint, path)
