@@ -24,7 +24,6 @@ torch.Size([1, 2, 45, 37])
 
 import copy
 import math
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -45,7 +44,7 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOSSES = ("gcl_v", "gcl_f", "cl")
 WEIGHTS = {"gcl": 0.1, "area": 0.4, "tv": 1.0}  # the lambdas of Sec. 4.1
 FORMAT = "gcl-1"
-FIELDS = {"area_prior": float, "clip": dict, "clip_crc": int, "losses": tuple, "recipe": dict}
+FIELDS = {"format": str, "recipe": dict, "losses": tuple, "area_prior": float, "clip": dict}
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def total_loss(losses, weights=None):
     """
     weights = WEIGHTS | (weights or {})
     weights["cl"] = weights["gcl"]
-    group = {name: name.split("_")[0] for name in losses}  # gcl_v: gcl, area_pos: area, ...
-    return sum(weights[group[name]] * term for name, term in losses.items())  # Eq. (12)
+    # gcl_v is of the group gcl, area_pos of area, ...
+    return sum(weights[name.split("_")[0]] * x for name, x in losses.items())  # Eq. (12)
 
 
 def in_slices(function, size, inputs, dim=0):
@@ -102,40 +101,23 @@ def in_slices(function, size, inputs, dim=0):
     return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
-class Head(nn.Module):
-    """CLIP's ln_post and projection as a trained copy (release recipe). [..., D] -> [..., C]."""
-
-    def __init__(self, visual):
-        super().__init__()
-        self.ln_post = copy.deepcopy(visual.ln_post)
-        self.proj = nn.Parameter(visual.proj.detach().clone())
-
-    def forward(self, x):
-        return self.ln_post(x) @ self.proj
-
-
 class GCL(nn.Module):
     """The grounder of Figure 2: frozen CLIP, adapter, scalar projection w and b, and the losses'
     temperatures.
 
     clip: an open_clip ViT CLIP (from load_clip, or your own). recipe: a name of RECIPES or a
     Recipe. losses: which of gcl_v, gcl_f, cl the forward pass computes. area_prior: p+ of Sec. 3.3.
-    Raises InputError for a CLIP without the plain ViT that dense features need, ValueError for an
-    unknown name.
+    Raises InputError for a CLIP without the plain ViT that dense features need; an unknown name is
+    a KeyError or, of a loss, an AttributeError.
     """
 
     def __init__(self, clip, recipe="paper", losses=("gcl_v", "gcl_f"), area_prior=0.4):
         super().__init__()
-        for name in losses:
-            if name not in LOSSES:
-                raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}")
-        self.recipe = RECIPES.get(recipe, recipe)
-        if not isinstance(self.recipe, Recipe):
-            raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
+        self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         backbone.check_vit(clip)
         self.losses, self.p_pos = tuple(losses), area_prior
         self.clip = clip.float().eval().requires_grad_(False)
-        visual, last = clip.visual, clip.visual.transformer.resblocks[-1]
+        visual = clip.visual
         self.patch = visual.conv1.kernel_size[0]
         self.adapter = Adapter(visual.conv1.out_channels)
         self.w = nn.Parameter(torch.tensor(10.0))  # Paper silent: start values; the release's
@@ -144,8 +126,12 @@ class GCL(nn.Module):
         self.log_scale = nn.ParameterDict(
             {name: torch.tensor(math.log(1 / 0.07)) for name in LOSSES}
         )
-        self.head = Head(visual) if self.recipe.own_head else None
-        self.block = copy.deepcopy(last) if self.recipe.unfreeze_block_at is not None else None
+        self.head = self.block = None
+        if self.recipe.own_head:
+            self.head = nn.Module()  # for backbone.project
+            self.head.ln_post, self.head.proj = copy.deepcopy((visual.ln_post, visual.proj))
+        if self.recipe.unfreeze_block_at is not None:
+            self.block = copy.deepcopy(visual.transformer.resblocks[-1])
         self.to(visual.conv1.weight.device)
         self.set_trainable(step=0)
 
@@ -154,9 +140,10 @@ class GCL(nn.Module):
         DDP again)."""
         before = [p.requires_grad for p in self.parameters()]
         self.requires_grad_(True)
-        self.clip.requires_grad_(False)
-        for name, scale in self.log_scale.items():
-            scale.requires_grad_(name in self.losses)
+        for frozen in (self.clip, self.log_scale):
+            frozen.requires_grad_(False)
+        for name in self.losses:
+            self.log_scale[name].requires_grad_(True)
         if self.block is not None:
             self.block.requires_grad_(step >= self.recipe.unfreeze_block_at)
         return before != [p.requires_grad for p in self.parameters()]
@@ -174,11 +161,11 @@ class GCL(nn.Module):
 
     # ---- encoders ----
 
+    @torch.no_grad()
     def encode_text(self, tokens):
         """L2-normalised text embeddings t = E_t(x_t). tokens: [..., context] int64. Returns [...,
         C] float32."""
-        with torch.no_grad():
-            t = self.clip.encode_text(tokens.flatten(0, -2))  # [N, C]
+        t = self.clip.encode_text(tokens.flatten(0, -2))  # [N, C]
         return normalize(full(t)).unflatten(0, tokens.shape[:-1])  # [..., C]
 
     @torch.no_grad()
@@ -189,8 +176,7 @@ class GCL(nn.Module):
         for name in names:
             tokens = tokenizer([template.replace("{}", name) for template in templates])
             if tokens.max() >= self.clip.vocab_size:
-                what = f"({self.clip.vocab_size})"
-                raise InputError(f"the tokenizer is larger than this CLIP's vocabulary {what}")
+                raise InputError(f"not in this CLIP's vocabulary of {self.clip.vocab_size}: {name}")
             t = self.clip.encode_text(tokens.to(self.w.device))  # [T, C], T templates
             rows.append(full(t).mean(0))
         return normalize(torch.stack(rows))  # [K, C]
@@ -202,8 +188,8 @@ class GCL(nn.Module):
         before ln_post and projection, so V_d is D wide where the paper has [B, L, C].
         """
         x = self.adapter(v_d).permute(0, 2, 3, 1)  # Eq. (4), [B, 4H, 4W, D]
-        head = self.head or partial(backbone.project, self.clip.visual)
-        return head(x).permute(0, 3, 1, 2)  # [B, C, 4H, 4W]
+        x = backbone.project(self.head or self.clip.visual, x)  # [B, 4H, 4W, C]
+        return x.permute(0, 3, 1, 2)  # [B, C, 4H, 4W]
 
     # ---- training: Figure 3, its lines named ----
 
@@ -216,9 +202,9 @@ class GCL(nn.Module):
         area_pos, area_neg, tv_mask, tv_dense. Masks, pooling and InfoNCE are computed in float32
         under autocast too. mask_areas then holds the mean areas (positive, negative).
         """
-        size, (height, width) = micro_batch or len(images), backbone.patch_grid(images, self.patch)
+        size, grid = micro_batch or len(images), backbone.patch_grid(images, self.patch)
         if noise is None:  # before the slices, so that what is computed again has the same
-            noise = torch.rand(len(images), 1, 4 * height, 4 * width, device=images.device)
+            noise = torch.rand(len(images), 1, *(4 * n for n in grid), device=images.device)
         own = self.encode_text(tokens)  # line 8, [B, C]
         t = ops.gather(own)  # [N, C], the texts of all ranks
         with torch.no_grad():  # line 9 up to the last block, which may be trained
@@ -257,7 +243,11 @@ class GCL(nn.Module):
                 rows["cl"] = normalize(dense.mean((2, 3))) @ t.T  # S of Eq. (1), [b, N]
             pos_mask = self.mask_logits(v_n, own.unsqueeze(1))  # line 13, [b, 1, H, W]
         if "gcl_v" in self.losses:
-            rows["v_g"] = self.masked_embedding(images, pos_mask, noise)  # lines 14-15, [b, C]
+            pos_mask_b = ops.gumbel_sigmoid(pos_mask, noise)  # line 14, [b, 1, H, W]
+            # Paper silent: nearest; where the mask is 0, the mean colour (0 after normalisation).
+            pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")
+            masked = pos_mask_b * images  # [b, 3, h, w]
+            rows["v_g"] = backbone.global_embedding(self.clip.visual, masked)  # line 15, [b, C]
         return rows
 
     def mask_rows(self, v_n, dense, t):
@@ -272,14 +262,6 @@ class GCL(nn.Module):
             v_f = normalize(ops.masked_pool(dense, mask))  # lines 19-20, [b, n, C]
             rows["gcl_f"] = torch.einsum("bnc,nc->bn", v_f, t)  # line 21, S^f of Eq. (9), [b, n]
         return rows
-
-    def masked_embedding(self, images, pos_mask, noise):
-        """Global embedding of the images under their own texts' binary masks, by the frozen CLIP.
-        Returns [b, C]."""
-        pos_mask_b = ops.gumbel_sigmoid(pos_mask, noise)  # [b, 1, H, W]
-        # Paper silent: nearest; where the mask is 0, the mean colour (0 after normalisation).
-        pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")
-        return backbone.global_embedding(self.clip.visual, pos_mask_b * images)
 
     def mask_logits(self, v_n, t):
         """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C] or [B, N, C],
@@ -299,7 +281,7 @@ class GCL(nn.Module):
         mask) -> mask at the mask's grid, such as pamr.pamr. kp_weight: w_kp of Appendix A. Returns
         [B, K, h, w] float32 in [0, 1].
         """
-        visual, (padded, corner) = self.clip.visual, backbone.pad_to_patch(images, self.patch)
+        visual, (padded, padding) = self.clip.visual, backbone.pad_to_patch(images, self.patch)
         x, grid = backbone.trunk(visual, padded), backbone.patch_grid(padded, self.patch)
         v_d = backbone.dense_features(visual.transformer.resblocks[-1], x, grid)  # [B, D, H, W]
         own = v_d if self.block is None else backbone.dense_features(self.block, x, grid)
@@ -309,15 +291,11 @@ class GCL(nn.Module):
             # Paper silent: which of the two comes first. Refinement, as the release.
             mask = backbone.refine_at_mask_size(refine, padded, mask)
             if kp_weight:
-                kp = self.preserved_masks(v_d, text, mask.shape[-2:])
+                # M_KP, the knowledge preservation branch: CLIP's own dense features and head.
+                kp = backbone.frozen_mask(backbone.cosines(visual, v_d, text))  # [B, K, H, W]
+                kp = backbone.resize(kp, mask.shape[-2:])  # [B, K, 4H, 4W]
                 mask = (1 - kp_weight) * mask + kp_weight * kp  # Eq. (14)
-            return backbone.to_pixels(mask, padded, images.shape[-2:], corner)
-
-    def preserved_masks(self, v_d, text, size):
-        """M_KP, the knowledge preservation branch: CLIP's own dense features and head. [B, K,
-        *size]."""
-        cosine = backbone.cosines(self.clip.visual, v_d, text)  # [B, K, H, W]
-        return backbone.resize(backbone.frozen_mask(cosine), size)
+            return backbone.to_pixels(mask, padded, padding)
 
     def segment_clip(self, images, text, method="maskclip", refine=None):
         """Masks of the frozen CLIP alone, its last block under one of METHODS; the other arguments
@@ -334,8 +312,8 @@ class GCL(nn.Module):
         extra: more entries, plain values and tensors. The file loads with torch.load(path,
         weights_only=True) and appears under its name only when it is complete.
         """
-        source = getattr(self.clip, "source", dict.fromkeys(("model", "pretrained", "config")))
-        inside = source["config"] is not None and source["pretrained"] is None
+        source = getattr(self.clip, "source", {})
+        inside = source and source["pretrained"] is None
         fields = {
             "format": FORMAT,
             "recipe": asdict(self.recipe),
@@ -345,10 +323,7 @@ class GCL(nn.Module):
             "clip_crc": backbone.fingerprint(self.clip),
             "model": {k: v for k, v in self.state_dict().items() if inside or k[:5] != "clip."},
         }
-        try:
-            write_whole(path, lambda file: torch.save(fields | extra, file))
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"{path}: could not be written ({first_line(error)})") from error
+        write_whole(path, lambda file: torch.save(fields | extra, file))
 
 
 def read_checkpoint(path):
@@ -356,22 +331,19 @@ def read_checkpoint(path):
 
     Nothing in its pickle is executed. Raises InputError for any other file.
     """
-    checkpoint = backbone.read_file(path, verify=True)
-    model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
-        what = "not a GCL checkpoint (no 'model' entry); CLIP weights go to --pretrained"
-        raise InputError(f"{path}: {what}")
+    checkpoint = backbone.read_file(path)
+    try:
+        model = {str(key): value for key, value in checkpoint["model"].items()}
+    except (AttributeError, KeyError, TypeError):
+        model, checkpoint = {}, {}
     if any(key.startswith("masker.") for key in model):
         fields = {"format": FORMAT, "recipe": asdict(RECIPES["release"])}
         return fields | release.translate(model)
-    if checkpoint.get("format") != FORMAT:
-        what = "neither a checkpoint of this project nor the authors' release"
-        raise InputError(f"{path}: {what}")
-    for name, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            what = f"an incomplete checkpoint, {name!r} is missing or of a wrong type"
-            raise InputError(f"{path}: {what}")
-    return checkpoint
+    wrong = [name for name in FIELDS if not isinstance(checkpoint.get(name), FIELDS[name])]
+    if wrong or checkpoint["format"] != FORMAT:
+        what = f"no checkpoint of GCL that this version reads, wrong or missing: {wrong}"
+        raise InputError(f"{path}: {what}; CLIP weights go to --pretrained")
+    return checkpoint | {"model": model}
 
 
 def load(path, model=None, pretrained=None, device="cpu"):
@@ -392,14 +364,12 @@ def load(path, model=None, pretrained=None, device="cpu"):
         model, pretrained = model or source.get("model"), pretrained or source.get("pretrained")
         if model is None or pretrained is None:
             raise InputError(f"{path}: does not name its CLIP; give --model and --pretrained")
-        if str(model).endswith(".json") and not os.path.isfile(model):
-            model = source.get("config")  # the config file has moved, its content is here
         clip, _ = load_clip(model, str(pretrained))
     try:
         recipe = Recipe(**checkpoint["recipe"])
         torch.tensor(recipe.norm).view(2, 3)  # [2, 3], mean and std of three channels
         net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"not a recipe and losses that this version has ({first_line(error)})"
         raise InputError(f"{path}: {what}") from error
     restore(net, checkpoint, path)
@@ -411,8 +381,8 @@ def restore(net, checkpoint, path):
     recipe, own = checkpoint["recipe"], asdict(net.recipe)
     if own | recipe != own:  # one of an older version lacks what was added since
         raise InputError(f"{path}: has the recipe {recipe.get('name')!r}, not {own['name']!r}")
-    state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("clip.")}
-    load_strict(net, state, path)
-    if checkpoint["clip_crc"] not in (None, backbone.fingerprint(net.clip)):
+    frozen = {f"clip.{key}": value for key, value in net.clip.state_dict().items()}
+    load_strict(net, checkpoint["model"] | frozen, path)
+    if checkpoint.get("clip_crc") not in (None, backbone.fingerprint(net.clip)):
         what = "was trained on another CLIP than this one, though the shapes fit"
         raise InputError(f"{path}: {what}")

