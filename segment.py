@@ -162,7 +162,7 @@ def draw_overlay(image, labels, texts, background=True, note=""):
     share = 100 * np.bincount(labels.ravel(), minlength=len(colours)) / labels.size
     names = ["background", *(f"{k} {text}" for k, text in enumerate(texts, 1))]
     legend = [(f"{name} {s:.1f} %", c) for name, s, c in zip(names, share, colours, strict=True)]
-    return report.sheet([[painted]], [], legend[not background :], note, None)
+    return report.sheet([[painted]], [], legend[not background :], note)
 
 
 def draw_heat(image, mask, text, threshold, note=""):
@@ -172,7 +172,7 @@ def draw_heat(image, mask, text, threshold, note=""):
     painted = Image.blend(grey, report.heat(values), 0.75)
     bar = report.heat(np.linspace(0, 1, grey.width)[None].repeat(16, 0))
     scale = f"0 to 1; background below {threshold:g}" if threshold > 0 else "0 to 1"
-    return report.sheet([[painted], [bar]], [[text], [scale]], [], note, None)
+    return report.sheet([[painted], [bar]], [text, scale], [], note)
 
 
 def safe(text, length=40):
