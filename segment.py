@@ -158,7 +158,7 @@ def draw_overlay(image, labels, args):
     names = "background", *map(" ".join, zip(numbers[1:], args.texts, strict=True))
     entries = zip(names, shares(labels, args), colours, strict=True)
     legend = [(f"{name} {100 * share:.1f} %", colour) for name, share, colour in entries]
-    return report.sheet([[painted]], [], legend[args.bg_threshold < 0 :], args.note, None)
+    return report.sheet([[painted]], [], legend[args.bg_threshold < 0 :], args.note)
 
 
 def draw_heat(image, mask, text, args):
@@ -168,7 +168,7 @@ def draw_heat(image, mask, text, args):
     painted = Image.blend(grey, report.heat(values), 0.75)
     bar = report.heat(np.linspace(0, 1, grey.width)[None].repeat(16, 0))
     scale = "0 to 1" + f"; background below {args.bg_threshold:g}" * (args.bg_threshold > 0)
-    return report.sheet([[painted], [bar]], [[text], [scale]], [], args.note, None)
+    return report.sheet([[painted], [bar]], [text, scale], [], args.note)
 
 
 def safe(text):

@@ -421,10 +421,11 @@ def draw_sheet(out):
         if title in ROWS:
             folder = folder_of(out, title) / "eval/predictions" / name
         paths = [folder / file for file in examples(data_folder / "labels", 5)]
-        columns.append([Image.open(p).convert("RGB") if p.is_file() else blank for p in paths])
+        cells = [Image.open(p).convert("RGB") if p.is_file() else blank for p in paths]
+        columns.append([report.fit(cell, 3 * SIZE) for cell in cells])
         titles.append(f"{name}: image" if title == "image" else title)
     legend = list(zip(("background", *CLASSES), PALETTE, strict=True))
-    sheet = report.sheet(list(zip(*columns, strict=True)), titles, legend, side=3 * SIZE)
+    sheet = report.sheet(list(zip(*columns, strict=True)), titles, legend)
     files.save_png(out / "toy.png", sheet)
 
 
