@@ -63,15 +63,13 @@ def parse_args(argv=None):
     add("model", "open_clip name or config .json (Sec. 4.1: ViT-B/16)", "ViT-B-16-quickgelu")
     add("pretrained", "open_clip tag, or a local weights file", "openai")
     add("recipe", "the paper's text, or the authors' release", "paper", choices=gcl.RECIPES)
-    two = ["gcl_v", "gcl_f"]
-    add("losses", "Sec. 3.3; rows of Table 2a", two, nargs="+", choices=gcl.LOSSES)
+    add("losses", "Sec. 3.3, Table 2a", ["gcl_v", "gcl_f"], nargs="+", choices=gcl.LOSSES)
     add("lambda-gcl", "weight of the contrastive losses (Sec. 4.1)", 0.1, weight)
     add("lambda-area", "weight of the area prior (Sec. 4.1)", 0.4, weight)
     add("lambda-tv", "weight of the smooth prior (Sec. 4.1)", 1.0, weight)
     add("area-prior", "p+, expected area of a positive mask (Sec. 3.3)", 0.4, share)
     add("batch-size", "global batch, shared out among the ranks (Sec. 4.1)", 1024, count)
-    micro = "images of a rank at a time, to bound memory; the same result"
-    add("micro-batch", micro, kind=count)
+    add("micro-batch", "images of a rank at a time, to bound memory; same result", kind=count)
     add("lr", "peak learning rate (Sec. 4.1)", 7.5e-5, positive)
     add("min-lr", "learning rate at the end of the cosine (paper silent)", 1e-5, positive)
     add("scalar-lr-mult", "of gates, w, b, temperatures; for very short runs", 1.0, positive)
@@ -86,10 +84,9 @@ def parse_args(argv=None):
     add("resume", "auto: the newest whole checkpoint in OUT; never; or a file", "auto")
     add("save-every", "steps between checkpoints, and pictures", 1000, count)
     add("log-every", "steps between log lines", 50, count)
-    sets = "sets to evaluate as it goes (no PAMR), for best.pt"
-    add("eval", sets, nargs="+", metavar="NAME|SPEC.json")
-    add("eval-every", "steps between evaluations of --eval", 5000, count)
-    area = "print MaskCLIP's mean positive mask area over N pairs, then end: p+ (Sec. 3.3)"
+    add("eval", "sets evaluated as it goes, for best.pt", nargs="+", metavar="NAME|SPEC.json")
+    add("eval-every", "steps between evaluations of --eval (without PAMR)", 5000, count)
+    area = "print p+ of Sec. 3.3, MaskCLIP's mean area over so many pairs; no training"
     add("measure-area-prior", area, kind=count, nargs="?", const=10_000)
     add("max-bad", "stop when a larger share of samples than this is unusable", 0.1, share)
     add("timeout", "seconds to wait for another rank in a step", 1800, count)
@@ -235,7 +232,8 @@ def newest_checkpoint(args):
     if args.resume != "auto":
         return Path(args.resume), gcl.read_checkpoint(args.resume)
     broken = None
-    for path in (Path(args.out, name) for name in CHECKPOINTS):
+    for name in CHECKPOINTS:
+        path = Path(args.out, name)
         try:
             if path.exists():
                 return path, gcl.read_checkpoint(path)
@@ -351,11 +349,14 @@ def begin_logs(run):
     kept = [line for line in lines if report.log_step(line) <= until['"miou"' in line]]
     files.write_text(log, "\n".join([*kept, ""]))
     packages = "torch torchvision open_clip_torch numpy pillow".split()
-    facts = {"pairs": len(run.pairs), "python": platform.python_version()}
-    facts |= run.flags | {name: version(name) for name in packages}
-    files.write_text(run.out / "config.json", json.dumps(facts, indent=1) + "\n")
-    where = f"{run.ranks} rank(s) on {run.device}, {run.precision}"
-    print(f"{len(run.pairs):,} pairs, {where}, steps {run.start} to {run.steps}", flush=True)
+    facts = run.flags | {name: version(name) for name in packages}
+    facts |= {"pairs": len(run.pairs), "python": platform.python_version()}
+    files.write_text(run.out / "config.json", json.dumps(facts, indent=1))
+    print(
+        f"{len(run.pairs):,} pairs, {run.ranks} rank(s) on {run.device}, {run.precision},"
+        f" steps {run.start} to {run.steps}",
+        flush=True,
+    )
 
 
 # ---- one step ----
@@ -453,10 +454,9 @@ def evaluate_now(run, done):
         run.progress["best"] = best = now
     run.progress["evaluated"] = done
     if run.rank == 0:
-        each = {f"miou_{name}": result["miou"] for name, result in results.items()}
-        partial = any(result["partial"] for result in results.values())
-        record = {**now, "partial": partial, **each, "best_step": best["step"]}
-        report.write_log(record, run.out, tqdm)
+        record = now | {f"miou_{name}": result["miou"] for name, result in results.items()}
+        record["partial"] = any(result["partial"] for result in results.values())
+        report.write_log(record | {"best_step": best["step"]}, run.out, tqdm)
         if best is now:
             run.net.save(run.out / "best.pt", **best)
 
@@ -489,8 +489,10 @@ def measure_area_prior(run):
         image, tokens = (x[None].to(run.device) for x in pair)  # [1, 3, h, w], [1, context]
         with run.autocast:
             total += net.segment_clip(image, net.encode_text(tokens)).mean().item()
-    what = f"{total / n:.4f} ({n:,} pairs); train with --area-prior {total / n:.2f}"
-    print(f"mean area of MaskCLIP's masks: {what}")
+    print(
+        f"mean area of MaskCLIP's masks: {total / n:.4f} ({n:,} pairs);"
+        f" train with --area-prior {total / n:.2f}"
+    )
 
 
 # ---- the loop ----
@@ -529,8 +531,9 @@ def due(run, done, every):
 def after_step(run, done, facts):
     """The log line, the checkpoint, and what follows a checkpoint."""
     if run.progress["in_a_row"] == 20:
-        hint = "lower --lr or use --precision fp32"
-        raise InputError(f"step {done - 1}: 20 non-finite gradients in a row; {hint}")
+        raise InputError(
+            f"step {done - 1}: 20 non-finite gradients in a row; lower --lr or use --precision fp32"
+        )
     if due(run, done, run.log_every):
         data.too_many_bad(run.progress["bad"], done * run.batch_size, run.max_bad)
         if run.rank == 0:
@@ -545,8 +548,7 @@ def after_step(run, done, facts):
 
 def follow_up(run, done):
     """Evaluation and pictures that are due after a checkpoint; after a kill, once more."""
-    evaluation = run.sets and due(run, done, run.eval_every)
-    if evaluation and run.progress["evaluated"] < done:
+    if run.sets and due(run, done, run.eval_every) and run.progress["evaluated"] < done:
         evaluate_now(run, done)
         if run.rank == 0:
             save(run, done)  # it holds that this is done, and which step was the best
@@ -613,7 +615,10 @@ def run_rank(args):
     except RuntimeError as error:
         words, text = files.first_line(error), str(error).lower()
         if "dataloader worker" in text:
-            words = f"a loader process was killed; out of memory? ({words})"
+            words = (
+                f"a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
+                f" ({words})"
+            )
         elif dist.is_initialized() and re.search("gloo|nccl|timed out|connection", text):
             what = "broke off: another rank has failed or was killed"
             if "timed out" in text:
