@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import kill
@@ -40,6 +41,15 @@ def world(tmp_path_factory):
     model, pretrained = make_clip(folder / "clip")
     shards = make_shards(folder / "data", shards=2, pairs=7)  # 14 pairs: epochs end inside batches
     return folder, ["--data", shards, "--model", model, "--pretrained", pretrained]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The handlers of this process, as they were: training sets its own and leaves them."""
+    before = {number: signal.getsignal(number) for number in files.STOP}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 SHORT = "--batch-size 4 --lr 1e-2 --scalar-lr-mult 10 --steps 6 --warmup-steps 2 --save-every 3"
@@ -155,7 +165,7 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_settings(world, trained):
         assert all(math.isfinite(value) for value in line.values()) and not any(bad.values())
         assert line["area_pos"] == pytest.approx(abs(0.4 - line["mean_area_pos"]), rel=1e-4)
         assert line["area_neg"] == pytest.approx(line["mean_area_neg"], rel=1e-4)
-        assert 0 < line["data_wait"] < 1 and 0.1 < line["memory_gb"] < 20
+        assert 0 < line["data_wait"] < 1 and line["memory_gb"] == 0  # of a GPU
     assert lines[-1]["eta_seconds"] == 0 and lines[0]["tau_gcl_v"] == pytest.approx(0.07, abs=0.01)
     config = json.loads((trained / "config.json").read_text())
     assert (
@@ -169,7 +179,6 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_settings(world, trained):
         "open_clip_torch",
         "numpy",
         "pillow",
-        "commit",
         "micro_batch",
     } <= config.keys()
     assert len(list(trained.glob("index-*"))) == 1
@@ -339,9 +348,9 @@ def test_a_checkpoint_comes_before_evaluation_and_pictures(monkeypatch):
         (report, "write_curves"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
-    args = SimpleNamespace(steps=6, log_every=100, save_every=2, eval_every=2, out="out")
-    run = SimpleNamespace(rank=0, sets=["a set"], progress={"in_a_row": 0, "evaluated": 0})
-    clock, bar = SimpleNamespace(since=0.0), SimpleNamespace(update=lambda: None)
+    flags = {"steps": 6, "log_every": 100, "save_every": 2, "eval_every": 2, "out": Path("out")}
+    progress = {"in_a_row": 0, "evaluated": 0}
+    run = SimpleNamespace(rank=0, sets=["a set"], progress=progress, **flags)
     for done, stop, expected in (
         (2, 0, ["save", "evaluate_now", "save", "draw_samples", "write_curves"]),
         (3, 0, []),
@@ -349,7 +358,8 @@ def test_a_checkpoint_comes_before_evaluation_and_pictures(monkeypatch):
         (4, signal.SIGTERM, ["save"]),
     ):
         calls.clear()
-        train.after_step(done, SimpleNamespace(stop=stop), clock, run, args, bar)
+        run.stop = stop
+        train.after_step(run, done, {})
         assert calls == expected
 
 
@@ -359,7 +369,9 @@ def test_resume_never_leaves_no_checkpoint_of_the_old_run(world, trained, tmp_pa
     args = train.parse_args(
         [*world[1], *SHORT, *CPU, "--resume", "never", "--out", str(tmp_path / "out")]
     )
-    train.begin_logs(train.start_run(args), args)
+    fresh = train.start_run(args)
+    train.restore(fresh)
+    train.begin_logs(fresh)
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
@@ -388,22 +400,31 @@ def test_a_kill_during_the_write_leaves_the_checkpoint_before_whole(world, train
 
 def test_resume_takes_the_newest_whole_checkpoint(world, trained, tmp_path, capsys):
     args = train.parse_args([*world[1], *SHORT, *CPU, "--out", str(tmp_path)])
-    assert train.newest_checkpoint(args) is None
+    assert train.newest_checkpoint(args) == (None, None)
     whole, before = (trained / "last.pt").read_bytes(), (trained / "previous.pt").read_bytes()
-    (tmp_path / "previous.pt").write_bytes(
-        before
-    )  # killed between two renames: last.pt is not there yet
-    (tmp_path / "next.pt").write_bytes(whole)
+    (tmp_path / "previous.pt").write_bytes(before)
+    assert train.newest_checkpoint(args)[1]["step"] == 3
+    (tmp_path / "last.pt").write_bytes(whole)
     assert train.newest_checkpoint(args)[1]["step"] == 6
-    (tmp_path / "next.pt").unlink()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     assert train.newest_checkpoint(args)[1]["step"] == 3
     assert "last.pt: not a checkpoint that can be read" in capsys.readouterr().err
     (tmp_path / "previous.pt").write_bytes(before[:-100])
-    with pytest.raises(
-        files.InputError, match="last.pt: no checkpoint here can be read; --resume never starts"
-    ):
+    never = r"previous.pt: .*no checkpoint here can be read; --resume never starts over"
+    with pytest.raises(files.InputError, match=never):
         train.newest_checkpoint(args)
+
+
+def test_a_broken_checkpoint_never_takes_the_place_of_a_whole_one(world, trained, tmp_path):
+    """A kill in the first save after previous.pt was taken up: both would be broken."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "last.pt").write_bytes((trained / "last.pt").read_bytes()[:-100])
+    run = train.start_run(train.parse_args([*world[1], *SHORT, *CPU, "--out", str(out)]))
+    train.restore(run)
+    train.begin_logs(run)
+    run.lock.close()
+    assert read(out / "last.pt")["step"] == run.start == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -415,10 +436,15 @@ def test_half_precision_resumes_to_the_same_bits(world, tmp_path, precision, mon
 
     train.main(args("whole"))
     step, calls = train.train_step, []
-    monkeypatch.setattr(
-        train, "train_step", lambda *rest: calls.append(len(calls)) or calls[4:] or step(*rest)
-    )
-    with pytest.raises(AttributeError):  # the fifth step
+
+    def fifth(*rest):
+        calls.append(len(calls))
+        if len(calls) == 5:
+            raise InterruptedError
+        return step(*rest)
+
+    monkeypatch.setattr(train, "train_step", fifth)
+    with pytest.raises(InterruptedError):
         train.main(args("cut"))
     monkeypatch.setattr(train, "train_step", step)
     train.main(args("cut"))
@@ -449,9 +475,9 @@ def test_a_late_block_trains_alike_on_two_ranks_that_take_over_from_one(
         tmp_path / "two",
         ranks=2,
     )
-    assert (
-        result.returncode == 0 and "2 rank(s) on cpu, torch.float32, steps 3 to 6" in result.stdout
-    ), result.stderr
+    assert result.returncode == 0 and "2 rank(s) on cpu, fp32, steps 3 to 6" in result.stdout, (
+        result.stderr
+    )
     one, two, early = (
         read(tmp_path / p)["model"] for p in ("one/last.pt", "two/last.pt", "one/previous.pt")
     )
@@ -511,7 +537,7 @@ def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
 
     def scored(dataset, net, tokenizer, args, device, rank, ranks):
         seen.append((dataset.name, net.training, args.pamr, args.precision, args.bg_threshold))
-        return {"miou": scores[len(seen) - 1]}, []
+        return {"miou": scores[len(seen) - 1], "partial": False}, []
 
     monkeypatch.setattr(evaluate, "evaluate_set", scored)
     args = [
@@ -545,17 +571,15 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_aga
         seen.append(len(seen))
         if len(seen) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"miou": 10.0}, []
+        return {"miou": 10.0, "partial": False}, []
 
     monkeypatch.setattr(evaluate, "evaluate_set", interrupted)
     spec = make_set(tmp_path / "set", n=1)
     command = [*world[1], *SHORT, *CPU, "--eval", spec, "--eval-every", "2", "--out", str(out)]
-    before = signal.getsignal(signal.SIGTERM)
     assert train.command(command) == 143
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert read(out / "last.pt")["step"] == 2 and not (out / "best.pt").exists()
     assert train.command(command) == 0
-    signal.signal(signal.SIGTERM, before)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "miou" in line] == [2, 4, 6] and len(seen) == 4
     assert read(out / "best.pt")["step"] == 2
@@ -565,7 +589,6 @@ HOLDS = "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import trai
 HOLDS += "held = train.lock(pathlib.Path(sys.argv[2])); print('held', flush=True); time.sleep(600)"
 
 
-@pytest.mark.skipif(train.fcntl is None, reason="no locks here")
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
     first = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -623,21 +646,18 @@ def test_the_area_prior_is_the_mean_area_of_maskclip(world, capsys, tmp_path):
         )
     )
     said = re.search(
-        r"masks: (\S+) \+- (\S+) \(standard error, 14 pairs\); train with --area-prior",
+        r"masks: (\S+) \(14 pairs\); train with --area-prior",
         capsys.readouterr().out,
     )
-    net, args = gcl.GCL(gcl.load_clip(world[1][3], world[1][5])[0]), train.parse_args(world[1])
-    pairs = train.build_pairs(args, net, backbone.tokenizer_of(net.clip))
-    areas = []
-    for position, index in data.GlobalOrder(14, 14, 1).__iter__().__next__():
-        image, tokens, *_ = pairs[position, index]
-        mask = net.segment_clip(
-            image[None], net.encode_text(tokens[None])
-        )  # bilinear, so the mean is near
-        areas.append(float(mask.mean()))
-    areas = torch.tensor(areas)
-    assert float(said[1]) == pytest.approx(float(areas.mean()), abs=0.01)
-    assert float(said[2]) == pytest.approx(float(areas.std()) / 14**0.5, rel=0.15)
+    run = train.start_run(train.parse_args([*world[1], *CPU]))
+    net, areas = run.net, []
+    for k in range(14):
+        image, tokens, *_ = run.pairs[k, k]
+        padded, grid = image[None], backbone.patch_grid(image[None], net.patch)
+        x = backbone.trunk(net.clip.visual, padded)
+        v_d = backbone.dense_features(net.last_block, x, grid)
+        areas.append(net.preserved_masks(v_d, net.encode_text(tokens[None]), grid).mean())
+    assert float(said[1]) == pytest.approx(float(torch.stack(areas).mean()), abs=1e-4)
 
 
 def test_too_many_bad_samples_stop_the_run(world, tmp_path, monkeypatch):
@@ -691,9 +711,9 @@ def step_gradients(rank, ranks, recipe, late, micro_batch):
             p.add_(
                 torch.randn(p.shape, dtype=p.dtype) * 0.1
             )  # open gates: nothing hides behind an identity
-    model = train.wrap(net, torch.device("cpu"), ranks)
+    model = train.wrap(net, ranks)
     if late and net.set_trainable(1):
-        model = train.wrap(net, torch.device("cpu"), ranks)
+        model = train.wrap(net, ranks)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
     noise = torch.rand(8, 1, 16, 16, generator=generator, dtype=torch.float64)
@@ -818,14 +838,12 @@ class Keys(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_samples_come_in_one_order_from_any_start_on_any_number_of_ranks(ranks):
-    args = train.parse_args(["--workers", "0"])
+    flags = {"workers": 0, "seed": 0, "batch_size": 4, "steps": 6, "device": torch.device("cpu")}
 
     def drawn(ranks, start):
-        runs = [
-            SimpleNamespace(pairs=Keys(), rank=r, ranks=ranks, device=torch.device("cpu"))
-            for r in range(ranks)
-        ]
-        parts = [list(train.batches(run, args, 4, 6, start)) for run in runs]
+        where = {"pairs": Keys(), "ranks": ranks, "start": start}
+        runs = [SimpleNamespace(rank=r, **where, **flags) for r in range(ranks)]
+        parts = [list(train.batches(run)) for run in runs]
         return [
             [sum((x[k].tolist() for x in step), []) for k in (0, 1)]
             for step in zip(*parts, strict=True)
@@ -843,7 +861,8 @@ def test_samples_come_in_one_order_from_any_start_on_any_number_of_ranks(ranks):
 def make_run(world, **changes):
     """What train_step needs of a run on one rank, and a batch of two."""
     clip, tokenizer = gcl.load_clip(world[1][3], world[1][5])
-    net, args = gcl.GCL(clip).train(), train.parse_args([])
+    args = train.parse_args([])
+    net, dtype = gcl.GCL(clip).train(), changes.pop("dtype", None)
     progress = {
         "skipped": 0,
         "in_a_row": 0,
@@ -851,35 +870,35 @@ def make_run(world, **changes):
         "best": None,
         "evaluated": 0,
     }
-    parts = {
+    parts = vars(args) | {
         "net": net,
         "optimizer": train.build_optimizer(net, args),
         "progress": progress,
         "signals": [],
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "autocast": torch.autocast("cpu", dtype, enabled=bool(dtype)),
     }
-    parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "dtype": None, "ranks": 1}
-    parts["device"] = torch.device("cpu")
+    parts |= changes
+    parts["wrapped"] = train.wrap(net, parts["ranks"])
     batch = [
         torch.randn(2, 3, 32, 32),
         tokenizer(["a cat", "two dogs"]),
         torch.full((2, 1, 16, 16), 0.5),
     ]
-    return SimpleNamespace(**parts | changes), args, batch
+    return SimpleNamespace(**parts), batch
 
 
 NONE_BAD = torch.zeros(2, len(data.REASONS), dtype=torch.int64)
 
 
 def test_a_non_finite_gradient_leaves_the_weights_alone(world):
-    run, args, batch = make_run(world)
+    run, batch = make_run(world)
     before = {k: v.clone() for k, v in run.net.state_dict().items()}
-    facts = train.train_step(
-        run.net, [torch.full((2, 3, 32, 32), math.nan), *batch[1:]], NONE_BAD, run, args
-    )
-    assert not facts.finite and same(dict(run.net.state_dict()), before)
+    train.train_step(run, [torch.full((2, 3, 32, 32), math.nan), *batch[1:]], NONE_BAD)
+    assert same(dict(run.net.state_dict()), before)
     assert (run.progress["skipped"], run.progress["in_a_row"]) == (1, 1)
-    facts = train.train_step(run.net, batch, NONE_BAD + 3, run, args)
-    assert facts.finite and not torch.equal(run.net.w, before["w"])
+    train.train_step(run, batch, NONE_BAD + 3)
+    assert not torch.equal(run.net.w, before["w"])
     assert (run.progress["skipped"], run.progress["in_a_row"]) == (1, 0)
     assert run.progress["bad"] == [6] * len(data.REASONS)
 
@@ -889,8 +908,8 @@ def skip_on_rank(rank, pairs):
     float16's scale.
     """
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run, args, batch = make_run((None, pairs), scaler=scaler, dtype=torch.float16, ranks=2)
-    model, gradients = train.wrap(run.net, torch.device("cpu"), 2), train.gradients
+    run, batch = make_run((None, pairs), scaler=scaler, dtype=torch.float16, ranks=2)
+    gradients = train.gradients
     results = []
     for broken in (True, False):
         before = run.net.w.clone()
@@ -902,10 +921,10 @@ def skip_on_rank(rank, pairs):
             ), norm
 
         train.gradients = patched
-        facts = train.train_step(model, batch, NONE_BAD, run, args)
+        train.train_step(run, batch, NONE_BAD)
         results.append(
             [
-                facts.finite,
+                run.progress["in_a_row"] == 0,
                 not torch.equal(before, run.net.w),
                 scaler.get_scale(),
                 run.progress["skipped"],
@@ -992,7 +1011,6 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
         (["--steps", "1" + "0" * 20], "1", "--steps: must be a whole number"),
         ([], "0", "start several ranks by torchrun"),
         ([], "x", "start several ranks by torchrun"),
-        ([], "2", "start several ranks by torchrun"),
         (["--clip-grad", "0"], "1", "--clip-grad: must lie between 0 and inf"),
         (["--scalar-lr-mult", "-1"], "1", "--scalar-lr-mult: must lie between 0"),
         (["--area-prior", "7"], "1", "--area-prior: must lie between 0 and 1"),
@@ -1005,17 +1023,22 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
             "--measure-area-prior: must be a whole number, at least 1",
         ),
         (["--max-bad", "2"], "1", "--max-bad: must lie between 0 and 1"),
-        (["--out", __file__], "1", "is a file, not a folder"),
         (["--batch", "4", "--bogus"], "1", "unrecognized arguments: --bogus"),
     ],
 )
 def test_wrong_calls_are_explained(monkeypatch, capsys, args, ranks, words):
     monkeypatch.setenv("WORLD_SIZE", ranks)
-    if ranks == "4":
-        monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit) as stop:
         train.parse_args(args)
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_ranks_that_cannot_meet_say_so_in_one_line(monkeypatch):
+    """As of WORLD_SIZE=2 without torchrun, or a port that is in use."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    pairs = type("Pairs", (), {"__len__": lambda _: 14, "fingerprint": lambda _: "0" * 64})()
+    with pytest.raises(files.InputError, match="not all 2 ranks have started .*MASTER_ADDR"):
+        train.join(SimpleNamespace(rank=0, ranks=2, start=0, pairs=pairs))
 
 
 def test_wrong_data_is_explained_before_anything_is_written(world, trained, tmp_path):
@@ -1126,7 +1149,7 @@ def test_a_run_goes_on_with_its_own_settings_alone(world, trained, name):
     args = train.parse_args([*world[1], *SHORT, *CPU, "--resume", str(trained / "last.pt")])
     setattr(args, name, CHANGES[name])
     with pytest.raises(files.InputError, match=f"was trained with --{name.replace('_', '-')} "):
-        train.restore(SimpleNamespace(), args)
+        train.restore(SimpleNamespace(**vars(args), flags=vars(args)))
 
 
 def test_other_pairs_of_the_same_number_are_refused(world, tmp_path):
