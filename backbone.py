@@ -441,9 +441,12 @@ def read_file(path):
         with torch.serialization.safe_globals([(Attributes, name) for name in unknown]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it stumbles over; the file is what is wrong
-        what = "holds more than tensors and numbers, or is damaged, a web page, a Git LFS pointer"
-        why = f"{type(error).__name__}; begins with {begin}"
-        raise InputError(f"{path}: {what} (git lfs pull fetches the file): {why}") from error
+        what = "damaged, or a web page, a Git LFS pointer (git lfs pull fetches the file)"
+        why = f"{type(error).__name__}; begins with {begin[:16]}"
+        raise InputError(
+            f"{path}: not a checkpoint that can be read: {what}, or holds more than tensors and "
+            f"numbers ({why})"
+        ) from error
 
 
 def tensors_alone(path):

@@ -522,7 +522,7 @@ def main(args):
         if rank == 0:  # after every set: a later one that fails loses nothing
             out = f"{args.out}/{dataset.name}"
             report.write_sheet(f"{out}.png", dataset, pictures)
-            report.write_confusion(args.out, dataset.name, matrix, dataset.classes)
+            report.write_confusion(args.out, dataset.name, matrix.numpy(), dataset.classes)
             if args.per_image:
                 draw_worst(args, dataset, out)
             report.write_results(args.out, results)

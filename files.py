@@ -126,8 +126,9 @@ def held_signals():
 def rgb(image):
     """A PIL image of any mode as RGB: upright, 16 bits scaled to 8, on white."""
     flat = image.copy()  # the caller's stays as it is
-    # The orientation alone is read. Where other fields are broken this fails after the turn.
+    # The orientation (274) alone is read. Where other fields are broken this fails after the turn.
     with contextlib.suppress(Exception):
+        flat.getexif()[274] = image.getexif()[274]
         ImageOps.exif_transpose(flat, in_place=True)
     if flat.mode[0] in "IF":  # PIL's names of grey in 16 or 32 bits
         grey = np.array(flat)  # [h, w]

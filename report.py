@@ -48,6 +48,7 @@ TABLE_3 = json.loads("""{
 "GCL": [84.5, 62.0, 27.6, 58.0]
 }""")
 RUN = "this run"
+ACCURACIES = "pixel_accuracy", "mean_accuracy", "fw_iou"
 
 
 # ---- results.json -----------------------------------------------------------------------------
@@ -80,6 +81,11 @@ def main(args):
 def is_partial(r):
     """Whether the entry of a set covers only some of its images."""
     return r["full"] not in (None, r["images"])
+
+
+def heading(name, r):
+    """A set's name, with a mark where not all of its images are there."""
+    return name + f" (partial: {r['images']} of {r['full']} images)" * is_partial(r)
 
 
 def number(value, *entries):
@@ -132,10 +138,10 @@ def tables(results):
     settings = (map(str, pair) for pair in results["settings"].items())
     yield "Settings", "", [("setting", "value"), *settings]
     for name, r in sets.items():
-        caption = name + f" (partial: {r['images']} of {r['full']} images)" * is_partial(r)
-        figures = [("mIoU", r["miou"]), *r.get("sweep", {}).items(), *r["iou"].items()]
+        whole = [(key.replace("_", " "), r.get(key)) for key in ACCURACIES]
+        figures = [("mIoU", r["miou"]), *whole, *r.get("sweep", {}).items(), *r["iou"].items()]
         rows = [(key, number(value, r)) for key, value in figures]
-        yield caption, name, [("class", "IoU"), *rows]
+        yield heading(name, r), name, [("class", "IoU"), *rows]
 
 
 def cell(text):
@@ -320,7 +326,8 @@ def write_sheet(path, dataset, pictures):
         rows.append(cells)
     legend = [(dataset.classes[k], tuple(dataset.palette[k])) for k in sorted(present)]
     titles = "image, label (white: ignored), prediction".split(", ")
-    files.save_png(path, sheet(rows, titles, legend, dataset.name, size=18))
+    top = heading(dataset.name, {"images": len(dataset), "full": dataset.full})
+    files.save_png(path, sheet(rows, titles, legend, top, size=18))
 
 
 # ---- confusion --------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def protocol(texts, **settings):
     texts. ValueError says what is wrong, in its words."""
     check_texts(texts)
     flags = ["--datasets=-", "--out=."]
+    threshold = settings.pop("bg_threshold", None)
     for name, value in settings.items():
         flag = "no-" * (value is False) + name.replace("_", "-")
         if value is not None:
@@ -71,6 +72,8 @@ def protocol(texts, **settings):
         except SystemExit:
             raise ValueError(said.getvalue().strip().split("error: ", 1)[-1]) from None
     args.texts = texts
+    if threshold is not None:
+        args.bg_threshold = threshold
     return args
 
 
@@ -305,6 +308,7 @@ def line_of(entry):
 
 def main(args):
     """All pictures of a parsed command line. Returns the exit code."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # found out now, not after a picture
     net, _ = evaluate.load_model(args, backbone.pick_device(args.device))
     text, done, failed = encode(net, args), [], []  # [K, C]
     with tqdm(args.images, "segmenting", disable=len(args.images) == 1) as bar:

@@ -692,7 +692,7 @@ def test_a_checkpoint_of_another_clip_is_named(world, tmp_path, capsys):
     other = make_clip(tmp_path / "other", width=48)
     given = ("--checkpoint", tmp_path / "net.pt", "--model", other[0], "--pretrained", other[1])
     line = refusal(capsys, "--datasets", world.sets[1], *given, "--out", tmp_path / "out")
-    for word in ("adapter.stages.0.1", "(32,)", "(48,)"):
+    for word in ("adapter.stages.0.1", "[32]", "[48]"):
         assert word in line
 
 
