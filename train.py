@@ -465,14 +465,14 @@ def evaluate_now(run, done):
 def draw_samples(run):
     """samples.png: always the same pairs, under masks of their own captions and the next ones."""
     pairs = [run.pairs[k, k * len(run.pairs) // 4][:2] for k in range(4)]
-    images, tokens = (x.to(run.device) for x in default_collate(pairs))  # [4, 3, h, w], [4, ctx]
+    images, tokens = default_collate(pairs)  # [4, 3, h, w], [4, context]
     with run.autocast:
-        # [4, 4, h, w]
-        masks = run.net.segment(images, run.net.encode_text(tokens), kp_weight=0).cpu()
+        t = run.net.encode_text(tokens.to(run.device))  # [4, C]
+        masks = run.net.segment(images.to(run.device), t, kp_weight=0).cpu()  # [4, 4, h, w]
     mean, std = torch.tensor(run.net.recipe.norm).view(2, 3, 1, 1)  # [3, 1, 1] each
     words = [run.tokenizer.decode(row) for row in tokens.tolist()]
     captions = [re.split("<.*?_text>", text)[1].strip() for text in words]  # between its marks
-    images = (images.cpu() * std + mean).clamp(0, 1)
+    images = (images * std + mean).clamp(0, 1)
     report.write_samples(run.out / "samples.png", images, masks, captions)
 
 
