@@ -4,7 +4,6 @@
 import ast
 import doctest
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny import run
 
 import bench
 import evaluate
@@ -23,7 +23,6 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 OWN = {path.stem for path in CODE}
 README = (ROOT / "README.md").read_text()
 PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-WIDE = os.environ | {"COLUMNS": "200"}  # help texts on one line
 
 
 def imported(path):
@@ -120,21 +119,24 @@ COPIES = {  # file: what it needs beside it
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copied_alone_a_file_imports_and_runs(tmp_path, name):
-    """In a fresh process (-I: no PYTHONPATH) that sees the packages and the copies alone."""
+    """In a process that has dropped this project's modules, and finds the copies alone."""
     names = [name, *COPIES[name]]
     for each in names:
         shutil.copy(ROOT / f"{each}.py", tmp_path)
     program = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
+for own in {sorted(OWN)!r}:
+    sys.modules.pop(own, None)
+others = [p for p in sys.path if "site-packages" in p or p and not p.startswith({str(ROOT)!r})]
+sys.path[:] = [{str(tmp_path)!r}, *others]
 import doctest, {name}
 own = {{m for m in {sorted(OWN)!r} if m in sys.modules}}
 assert own == set({names!r}), own
 assert all(sys.modules[m].__file__.startswith({str(tmp_path)!r}) for m in own), own
 print(doctest.testmod({name}))
 """
-    command = [sys.executable, "-I", "-c", program]
-    result = subprocess.run(command, cwd=tmp_path.parent, capture_output=True, text=True)
+    (tmp_path / "program.py").write_text(program)
+    result = run(tmp_path / "program.py")
     assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", result.stdout), (
         result.stderr + result.stdout
     )
@@ -222,14 +224,9 @@ HELPS = {  # how many flags there are at least, --help included
 
 
 @pytest.mark.parametrize("command", HELPS)
-def test_every_flag_is_in_the_help_with_a_text(command):
-    result = subprocess.run(
-        [sys.executable, *command.split(), "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=WIDE,
-    )
+def test_every_flag_is_in_the_help_with_a_text(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # help texts on one line
+    result = run(*command.split(), "--help")
     assert result.returncode == 0 and not result.stderr
     blocks = re.split(r"\n  (?=-)", result.stdout.split("options:")[1])[1:]
     assert len(blocks) >= HELPS[command]
