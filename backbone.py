@@ -277,15 +277,15 @@ def load_clip(model="ViT-B-16-quickgelu", pretrained="openai", device="cpu"):
 
     model: a name of open_clip.list_models(), or a JSON file in open_clip's model-config format.
     pretrained: a tag, or a local weights file (state dict, OpenAI's TorchScript archive,
-    safetensors), or None for random weights. A config with the wrong activation for its weights is
-    corrected, and said on stderr: plain ViT-B-16 with OpenAI's weights would otherwise run GELU
-    where they were trained with QuickGELU. Raises InputError.
+    safetensors), or "random" to try things out (None: the same, unnamed). A config with the wrong
+    activation for its weights is corrected, and said on stderr: plain ViT-B-16 with OpenAI's
+    weights would otherwise run GELU where they were trained with QuickGELU. Raises InputError.
     """
     config = clip_config(model)
     has, told = config.get("quick_gelu", False), None
-    if pretrained is None:
+    if pretrained in (None, "random"):
         state = path = None
-        told = f"warning: {model} with random weights (pretrained=None)"
+        told = f"warning: {model} with random weights"
     else:
         path, quick = find_weights(model, pretrained)
         state, archive = read_weights(path)

@@ -335,7 +335,7 @@ FLAGS = {  # by kind: names, and help with the section of the paper
         "data-root": "folder of the benchmarks, laid out as downloaded",
         "checkpoint": "of train.py (default runs/gcl/last.pt), or the authors' tcl.pth",
         "model": "open_clip name or config .json; default: the checkpoint's, else ViT-B/16",
-        "pretrained": "open_clip tag or weights file; default: the checkpoint's, or openai",
+        "pretrained": "open_clip tag, weights file or random; default: the checkpoint's, or openai",
         "templates": "release, simple, imagenet, or a file: a prompt a line, {} for names",
         "predictions": "folder of any method's <dataset>/<image id>.png; needs no model",
         "out": "folder for results.json, results.md and pictures",

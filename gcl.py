@@ -313,7 +313,7 @@ class GCL(nn.Module):
         weights_only=True) and appears under its name only when it is complete.
         """
         source = getattr(self.clip, "source", {})
-        inside = source and source["pretrained"] is None
+        inside = source and source["pretrained"] in (None, "random")
         fields = {
             "format": FORMAT,
             "recipe": asdict(self.recipe),
@@ -359,7 +359,7 @@ def load(path, model=None, pretrained=None, device="cpu"):
     if frozen and pretrained is None:
         config = backbone.clip_config(model or source.get("config"))
         clip = backbone.build_clip(config, frozen, path)
-        clip.source = {"model": model, "pretrained": None, "config": config}
+        clip.source = {"model": model, "pretrained": source.get("pretrained"), "config": config}
     else:
         model, pretrained = model or source.get("model"), pretrained or source.get("pretrained")
         if model is None or pretrained is None:

@@ -61,7 +61,7 @@ def parse_args(argv=None):
     shards = ["data/gcc3m/*.tar", "data/gcc12m/*.tar"]
     add("data", "tar shards: files, globs, {000..331} (Sec. 4.1)", shards, nargs="+")
     add("model", "open_clip name or config .json (Sec. 4.1: ViT-B/16)", "ViT-B-16-quickgelu")
-    add("pretrained", "open_clip tag, or a local weights file", "openai")
+    add("pretrained", "open_clip tag, a local weights file, or random", "openai")
     add("recipe", "the paper's text, or the authors' release", "paper", choices=gcl.RECIPES)
     add("losses", "Sec. 3.3, Table 2a", ["gcl_v", "gcl_f"], nargs="+", choices=gcl.LOSSES)
     add("lambda-gcl", "weight of the contrastive losses (Sec. 4.1)", 0.1, weight)

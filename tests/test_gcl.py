@@ -617,6 +617,17 @@ def test_class_names_go_into_every_template(released, seg):
     assert tokenizer.prompts == ["2:0", "2:2", "1:0", "1:1"]
 
 
+def test_random_weights_are_named_and_travel_in_the_checkpoint(tmp_path):
+    """--pretrained random, to try every command without any weights."""
+    clip, _ = gcl.load_clip(write_config(tmp_path), "random")
+    gcl.GCL(clip).save(tmp_path / "net.pt")
+    net = gcl.load(tmp_path / "net.pt")
+    assert net.clip.source["pretrained"] == "random"
+    assert all(
+        torch.equal(value, clip.state_dict()[k]) for k, value in net.clip.state_dict().items()
+    )
+
+
 def test_tokenizer_with_another_vocabulary_is_refused(tmp_path):
     clip, tokenizer = gcl.load_clip(write_config(tmp_path), pretrained=None)
     assert tokenizer(["a photo of a moon."]).shape == (1, 11)
