@@ -502,9 +502,13 @@ def totals(results, asked):
 
 def main(args):
     """Checks first, then one set after the other, with results.json after each."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = files.rank_of()
     if ranks > 1:
-        dist.init_process_group("gloo")  # for one small matrix a set, on any device
+        try:
+            dist.init_process_group("gloo")  # for one small matrix a set, on any device
+        except (RuntimeError, ValueError) as error:
+            why = files.first_line(error)
+            raise files.InputError(f"not all {ranks} ranks have started ({why})") from error
     # Everything that can be checked before the long work is.
     read_templates(args.templates)
     sets, device = read_sets(args), backbone.pick_device(args.device)

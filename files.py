@@ -100,6 +100,15 @@ count_or_zero = partial(number, words="be a whole number, at least 0", kind=int,
 count = partial(count_or_zero, words="be a whole number, at least 1", least=1)
 
 
+def rank_of():
+    """(rank, number of ranks) of this process, as torchrun says it; InputError."""
+    with contextlib.suppress(ValueError):
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if rank in range(ranks):
+            return rank, ranks
+    raise InputError("RANK and WORLD_SIZE do not go together; start several ranks by torchrun")
+
+
 def ignore_signals(_=None):
     """For processes of a loader: a signal to the whole group stops the run, which ends them."""
     for number in STOP:

@@ -101,13 +101,10 @@ def parse_args(argv=None):
 
 def complaint(args):
     """What is wrong with flags and environment together, or None. Sets args.rank, args.ranks."""
-    try:  # torchrun says it in the environment
-        args.rank = int(os.environ.get("RANK", 0))
-        args.ranks = int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        args.rank = args.ranks = 0
-    if args.rank not in range(args.ranks):
-        return "RANK and WORLD_SIZE do not go together; start several ranks by torchrun"
+    try:
+        args.rank, args.ranks = files.rank_of()
+    except InputError as error:
+        return str(error)
     if args.batch_size % args.ranks:
         return f"--batch-size {args.batch_size} is not divisible by the {args.ranks} ranks"
     if args.warmup_steps > args.steps:

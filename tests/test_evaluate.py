@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -654,6 +655,34 @@ def test_wrong_calls_are_explained(capsys, args, words):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(args)
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+TOGETHER, STARTED = "RANK and WORLD_SIZE do not go together", "not all 2 ranks have started ("
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "0"}, TOGETHER),
+        ({"WORLD_SIZE": "x"}, TOGETHER),
+        ({"RANK": "2"}, TOGETHER),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, STARTED),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, STARTED),
+    ],
+)
+def test_ranks_that_cannot_be_are_one_line(monkeypatch, capsys, variables, words):
+    """As without torchrun, and where the port is in use."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("localhost", 0)) as used:
+        if "MASTER_ADDR" in variables:
+            monkeypatch.setenv("MASTER_PORT", str(used.getsockname()[1]))
+        args = evaluate.parse_args(["--datasets", "nowhere.json", "--method", "maskclip"])
+        assert files.command(evaluate.main, args) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 def test_wrong_data_is_explained(world, tmp_path, monkeypatch, capsys):
