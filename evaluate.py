@@ -508,10 +508,10 @@ def main(args):
     # Everything that can be checked before the long work is.
     read_templates(args.templates)
     sets, device = read_sets(args), backbone.pick_device(args.device)
+    os.makedirs(args.out, exist_ok=True)
     net, tokenizer = (None, None) if args.predictions else load_model(args, device)
     for dataset in sets:
         benchmarks.check_labels(dataset, args.workers)
-    os.makedirs(args.out, exist_ok=True)
     results = {"average": None, "partial": True, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
         result, (matrix, pictures) = evaluate_set(
@@ -529,7 +529,7 @@ def main(args):
             print(f"{report.heading(dataset.name, result)}: mIoU {report.number(result['miou'])}")
     if rank == 0:
         average = report.number(results["average"]) + " (partial)" * results["partial"]
-        print(f"{args.out}/results.md: average mIoU {average}")
+        print(files.printable(f"{args.out}/results.md: average mIoU {average}"))
         if args.datasets == report.COLUMNS:
             row = report.TABLE_1["GCL"] if args.pamr else WITHOUT_PAMR
             print("the paper's GCL on the eight, and its average:", *row)
