@@ -404,6 +404,8 @@ def parse_args(argv=None):
         p.error("--checkpoint goes with --method gcl alone")
     if args.predictions and (args.sweep_threshold or args.save_predictions):
         p.error("--sweep-threshold and --save-predictions need a model's masks")
+    if os.path.isfile(args.out):
+        p.error(f"--out {args.out}: is a file, not a folder")
     if args.stride > args.window:
         p.error("--stride must be at most --window")
     if args.method == "gcl":
@@ -508,10 +510,10 @@ def main(args):
     # Everything that can be checked before the long work is.
     read_templates(args.templates)
     sets, device = read_sets(args), backbone.pick_device(args.device)
-    os.makedirs(args.out, exist_ok=True)
     net, tokenizer = (None, None) if args.predictions else load_model(args, device)
     for dataset in sets:
         benchmarks.check_labels(dataset, args.workers)
+    os.makedirs(args.out, exist_ok=True)
     results = {"average": None, "partial": True, "settings": settings_of(args, net), "datasets": {}}
     for dataset in sets:
         result, (matrix, pictures) = evaluate_set(

@@ -656,6 +656,13 @@ def test_wrong_calls_are_explained(capsys, args, words):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_a_file_in_place_of_out_is_refused_before_the_long_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--all", "--out", str(tmp_path / "file")])
+    assert "file: is a file, not a folder" in capsys.readouterr().err
+
+
 def test_wrong_data_is_explained(world, tmp_path, monkeypatch, capsys):
     plain, *maskclip = world.sets[1], *world.maskclip
     odd = make_set(tmp_path / "odd")
