@@ -544,7 +544,7 @@ def survey(dataset, workers):
 def note(line):
     """To stderr, once where several ranks run."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(files.printable(line), file=sys.stderr)  # names of files may hold anything
 
 
 def check_labels(dataset, workers=1):
@@ -571,9 +571,10 @@ def check_sets(names, data_root, workers=1):
             if len(dataset) != full:
                 wrong.append(f"the benchmark has {full} images: results will be marked partial")
         except InputError as error:
-            wrong = [error]
+            wrong = [str(error)]
         state = f"wrong ({len(wrong)})" if wrong else "ok"
-        print(f"{name:<13}{state:<11}{images}", *wrong[:SHOWN], sep="\n    ")
+        shown = map(files.printable, wrong[:SHOWN])
+        print(f"{name:<13}{state:<11}{images}", *shown, sep="\n    ")
         status |= bool(wrong)
     return status
 

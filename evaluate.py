@@ -404,6 +404,8 @@ def parse_args(argv=None):
         p.error("--checkpoint goes with --method gcl alone")
     if args.predictions and (args.sweep_threshold or args.save_predictions):
         p.error("--sweep-threshold and --save-predictions need a model's masks")
+    if os.path.isfile(args.out):
+        p.error(f"--out {args.out}: is a file, not a folder")
     if args.stride > args.window:
         p.error("--stride must be at most --window")
     if args.method == "gcl":
@@ -533,7 +535,7 @@ def main(args):
             print(f"{report.heading(dataset.name, result)}: mIoU {report.number(result['miou'])}")
     if rank == 0:
         average = report.number(results["average"]) + " (partial)" * results["partial"]
-        print(f"{args.out}/results.md: average mIoU {average}")
+        print(files.printable(f"{args.out}/results.md: average mIoU {average}"))
         if args.datasets == report.COLUMNS:
             row = report.TABLE_1["GCL"] if args.pamr else WITHOUT_PAMR
             print("the paper's GCL on the eight, and its average:", *row)

@@ -284,6 +284,8 @@ class GCL(nn.Module):
         visual, (padded, padding) = self.clip.visual, backbone.pad_to_patch(images, self.patch)
         x, grid = backbone.trunk(visual, padded), backbone.patch_grid(padded, self.patch)
         v_d = backbone.dense_features(visual.transformer.resblocks[-1], x, grid)  # [B, D, H, W]
+        # The adapter takes the features of the block that was trained with it, if one was; the
+        # knowledge preservation branch takes CLIP's own.
         own = v_d if self.block is None else backbone.dense_features(self.block, x, grid)
         v_s = full(self.dense_embedding(own))  # [B, C, 4H, 4W]
         with torch.autocast(images.device.type, enabled=False):
@@ -313,6 +315,7 @@ class GCL(nn.Module):
         weights_only=True) and appears under its name only when it is complete.
         """
         source = getattr(self.clip, "source", {})
+        # Nobody could find random weights again.
         inside = source and source["pretrained"] in (None, "random")
         fields = {
             "format": FORMAT,

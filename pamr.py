@@ -23,6 +23,7 @@ def neighbours(height, width, dilations, device="cpu"):
     y, x = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
+    # (dy, dx) from a pixel to each of its 8 neighbours, at every dilation.
     steps = [
         (d * i, d * j)
         for d in dilations
@@ -55,23 +56,17 @@ def affinity(image, index, n_dilations):
 
 def _iterate(weights, index, mask, iterations):
     """mask [H*W, K] after some iterations of mask[p] = sum_n weights[p, n] mask[index[p, n]]."""
-    if mask.device.type not in (
-        "cpu",
-        "cuda",
-    ):  # no sparse product there: one neighbour at a time, same result
+    if mask.device.type not in ("cpu", "cuda"):
+        # No sparse product there: one neighbour at a time, the same result.
         for _ in range(iterations):
-            mask = sum(
-                weights[:, n, None] * mask[index[:, n]] for n in range(index.shape[1])
-            )  # [H*W, K]
+            # [H*W, K]
+            mask = sum(weights[:, n, None] * mask[index[:, n]] for n in range(index.shape[1]))
         return mask
     pixels, n = index.shape
-    starts = torch.arange(
-        0, pixels * n + 1, n, dtype=torch.int32, device=index.device
-    )  # each row has n entries
+    # Where each row of the matrix starts among all its entries: every row has n of them.
+    starts = torch.arange(0, pixels * n + 1, n, dtype=torch.int32, device=index.device)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Sparse"
-        )  # two notices of torch about its CSR layout
+        warnings.filterwarnings("ignore", message="Sparse")  # torch's notices on its CSR layout
         # On CPUs a repeated border pixel stays as several entries of its row, which a product sums
         # up all the same.
         columns, values = index.flatten().int(), weights.flatten()  # [H*W, n] -> [H*W*n]
@@ -93,14 +88,12 @@ def pamr(image, mask, iterations=10, dilations=(1, 2, 4, 8, 12, 24)):
     batch, classes = mask.shape[:2]
     height, width = image.shape[-2:]
     work = torch.promote_types(mask.dtype, torch.float32)  # half precision is refined in float32
-    values = F.interpolate(
-        mask.to(work), size=(height, width), mode="bilinear", align_corners=True
-    )  # [B, K, H, W]
+    # [B, K, H, W]
+    values = F.interpolate(mask.to(work), size=(height, width), mode="bilinear", align_corners=True)
     index = neighbours(height, width, dilations, image.device)
     refined = []
-    with torch.autocast(
-        image.device.type, enabled=False
-    ):  # there is no sparse product in half precision
+    with torch.autocast(image.device.type, enabled=False):
+        # There is no sparse product in half precision. Each image has a matrix of its own.
         for b in range(batch):
             with torch.no_grad():
                 colours = image[b].to(work).flatten(1)  # [3, H, W] -> [3, H*W]

@@ -69,8 +69,9 @@ def write_results(folder, results):
 def main(args):
     """Shows a results.json again; files.InputError where it is not one of evaluate.py's."""
     path = f"{args.FOLDER}/results.json"
+    text = files.read_text(path)
     try:
-        write_results(args.FOLDER, json.loads(files.read_text(path)))
+        write_results(args.FOLDER, json.loads(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise files.InputError(f"{path}: not as evaluate.py writes it ({error!r})") from error
 
@@ -139,7 +140,10 @@ def tables(results):
     yield "Settings", "", [("setting", "value"), *settings]
     for name, r in sets.items():
         whole = [(key.replace("_", " "), r.get(key)) for key in ACCURACIES]
-        figures = [("mIoU", r["miou"]), *whole, *r.get("sweep", {}).items(), *r["iou"].items()]
+        sweep = [
+            (f"mIoU at threshold {t} (a diagnostic)", x) for t, x in r.get("sweep", {}).items()
+        ]
+        figures = [("mIoU", r["miou"]), *whole, *sweep, *r["iou"].items()]
         rows = [(key, number(value, r)) for key, value in figures]
         yield heading(name, r), name, [("class", "IoU"), *rows]
 
@@ -434,7 +438,10 @@ PANELS = "loss gcl_v gcl_f cl, area_pos area_neg, tv_mask tv_dense, grad_norm, m
 
 
 def curves(series):
-    """A picture of curves with numbered axes. series: {name: [n, 2] of step and value}."""
+    """A picture of curves with numbered axes. series: {name: [n, 2] of step and value}.
+
+    The axes are 400 pixels wide and 156 high, their origin at (60, 180).
+    """
     picture, points = Image.new("RGB", (480, 210), "white"), np.concatenate([*series.values()])
     low, span = points.min(0), np.ptp(points, 0) + 1e-9
     draw = ImageDraw.Draw(picture)

@@ -12,6 +12,9 @@ Writes --out (runs/gcl): last.pt (a checkpoint for evaluate.py, and for --resume
 one before), log.jsonl, loss.png, samples.png, config.json, and with --eval best.pt. SIGTERM and
 Ctrl-C write last.pt first. Float32 products are TF32 on GPUs that have it, the rest bfloat16
 (--precision).
+
+In the file's order: the command line, what a run is made of, checkpoints, one step, seeing it run,
+the loop. `run` is one namespace for a whole run: the flags, and what start_run adds to them.
 """
 
 import argparse
@@ -118,7 +121,11 @@ def complaint(args):
 
 
 def start_run(args):
-    """The flags and the state of a run in one namespace, such as run.lr and run.net."""
+    """The flags and the state of a run in one namespace, such as run.lr and run.net.
+
+    Everything that can be wrong with flags, data, CLIP and sets is found here, before the first
+    step: InputError. signals: those that have come; stop: the one that ends the run, or 0.
+    """
     run = SimpleNamespace(**vars(args), flags=vars(args), signals=[], stop=0, times=[])
     run.out, run.launcher, run.device = (
         Path(args.out),
@@ -189,7 +196,10 @@ def build_pairs(run):
 
 
 def batches(run):
-    """Iterator over this rank's batches: images [B, 3, h, w], tokens, noise, bad."""
+    """Iterator over this rank's batches from run.start on.
+
+    Images [B, 3, h, w], tokens [B, context], noise [B, 1, H, W], bad [B, reasons].
+    """
     where = run.seed, run.start, run.rank, run.ranks
     return iter(
         DataLoader(
@@ -387,7 +397,7 @@ def train_step(run, batch, bad):
     if run.ranks > 1:
         dist.all_reduce(values)
     values = values.tolist()  # the one place of a step where the CPU waits for the GPU
-    facts = dict(zip(names, values, strict=False))
+    facts = dict(zip(names, values, strict=False))  # the counts stand after them
     signals, *bad = map(int, values[len(names) :])
     if signals:  # a rank that has got none was told by another
         run.stop = [*run.signals, signal.SIGTERM][0]
@@ -507,7 +517,7 @@ def train(run):
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(step, run) * group["lr_mult"]
             asked = time.perf_counter()
-            *batch, bad = next(loader)
+            *batch, bad = next(loader)  # images, tokens, noise
             waited = time.perf_counter() - asked
             batch = [x.to(run.device, non_blocking=True) for x in batch]
             if os.getppid() != run.launcher and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -522,6 +532,7 @@ def train(run):
 
 
 def due(run, done, every):
+    """Whether something happens after this step: every so many, and after the last."""
     return done % every == 0 or done == run.steps
 
 
@@ -582,7 +593,13 @@ def main(args):
     run = start_run(args)
     if args.measure_area_prior:
         return measure_area_prior(run)
-    restore(run)
+    try:
+        restore(run)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a field of another kind makes torch stumble over
+        words = f"fields are not as train.py writes them ({files.first_line(error)})"
+        raise InputError(f"{run.path}: {words}; give another --out or --resume") from error
     if run.ranks > 1:
         join(run)
     catch_signals(run)
@@ -596,7 +613,7 @@ def main(args):
         words = "trained"
         if run.stop:
             words = f"stopped by {signal.Signals(run.stop).name}, the same command goes on"
-        print(f"{run.out}/last.pt: {words} to step {run.steps}")
+        print(files.printable(f"{run.out}/last.pt: {words} to step {run.steps}"))
     if run.ranks > 1:
         dist.destroy_process_group()
     return run.stop and 128 + run.stop

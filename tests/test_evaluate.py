@@ -685,6 +685,13 @@ def test_ranks_that_cannot_be_are_one_line(monkeypatch, capsys, variables, words
     assert words in error and error.count("\n") == 1
 
 
+def test_a_file_in_place_of_out_is_refused_before_the_long_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--all", "--out", str(tmp_path / "file")])
+    assert "file: is a file, not a folder" in capsys.readouterr().err
+
+
 def test_wrong_data_is_explained(world, tmp_path, monkeypatch, capsys):
     plain, *maskclip = world.sets[1], *world.maskclip
     odd = make_set(tmp_path / "odd")

@@ -971,3 +971,17 @@ def test_a_list_names_each_image_once_and_may_begin_with_a_mark(tmp_path):
     (tmp_path / "set" / "ids.txt").write_text("\n \n")
     with pytest.raises(files.InputError, match="ids.txt: holds no image ids"):
         benchmarks.read_spec(spec)
+
+
+def test_control_characters_in_the_names_of_files_never_reach_the_terminal(tmp_path, capsys):
+    spec = make_set(tmp_path / "mine")
+    images = tmp_path / "mine" / "images"
+    (images / "\x1b[31m.jpg").write_bytes(b"")  # is left out, which is said
+    (images / "0.png").rename(images / "\x1b[32m.png")  # has no label
+    benchmarks.check_sets([spec], tmp_path)
+    (images / "\x1b[32m.png").unlink()
+    (tmp_path / "mine/labels/0.png").unlink()
+    benchmarks.check_sets([spec], tmp_path)
+    said = capsys.readouterr()
+    assert "\\x1b[32m" in said.out and "\\x1b[31m" in said.err
+    assert "\x1b" not in said.out + said.err

@@ -1203,3 +1203,14 @@ def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(world, tmp_path)
     ]
     with pytest.raises(files.InputError, match="no optimiser state"):
         train.main(train.parse_args(command))
+
+
+@pytest.mark.parametrize(
+    "field", [{"args": 3}, {"progress": None}, {"optimizer": {"state": {}, "param_groups": []}}]
+)
+def test_a_checkpoint_whose_state_is_of_another_kind_is_named(world, trained, tmp_path, field):
+    path = tmp_path / "out" / "last.pt"
+    path.parent.mkdir()
+    torch.save(read(trained / "last.pt") | field, path)
+    with pytest.raises(files.InputError, match="last.pt: fields are not as train.py writes them"):
+        train.main(train.parse_args([*world[1], *SHORT, *CPU, "--out", str(path.parent)]))
