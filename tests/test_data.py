@@ -528,6 +528,15 @@ def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
         assert not torch.equal(dataset(shards, seed=1, strong=strong)[(4, 3)][2], first[2])
 
 
+def test_noise_is_uniform_between_0_and_1(tmp_path):
+    """Of gumbel_sigmoid, which takes its logit: of a normal one, two thirds would be at an end."""
+    pairs = dataset(make_shards(tmp_path))
+    noise = torch.cat([pairs[(position, 3)][2].flatten() for position in range(20)])  # [1280]
+    assert 0 <= noise.min() and noise.max() < 1
+    tenths = torch.histc(noise, 10, min=0, max=1) / len(noise)
+    assert (tenths - 0.1).abs().max() < 0.05  # six standard deviations of a tenth's share
+
+
 def test_a_long_caption_is_cut_before_the_tokenizer(tmp_path):
     seen = []
     pairs = dataset(write_tar(tmp_path / "x.tar", pair("a", "7 " + "x" * 16_000)))
@@ -710,6 +719,11 @@ def test_every_epoch_is_a_permutation():
     assert flat[:10] != flat[10:20] and flat != sum(
         positions(data.GlobalOrder(10, 4, 10, seed=1))[1], []
     )
+
+
+def test_the_next_seeds_first_epoch_is_not_this_ones_second():
+    first, second = (sum(positions(data.GlobalOrder(20, 4, 10, seed=s))[1], []) for s in (0, 1))
+    assert first[20:40] != second[:20]
 
 
 def test_an_epochs_order_takes_four_bytes_a_pair():

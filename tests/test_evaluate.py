@@ -610,6 +610,23 @@ def test_the_average_is_whole_only_when_every_set_is():
         assert (results["average"], results["partial"]) == (average, partial)
 
 
+def test_the_nine_prompts_are_the_releases():
+    """All but the last are also among CLIP's 80."""
+    assert [template.format("X") for template in evaluate.read_templates("release")] == [
+        "itap of a X.",
+        "a bad photo of a X.",
+        "a origami X.",
+        "a photo of the large X.",
+        "a X in a video game.",
+        "art of the X.",
+        "a photo of the small X.",
+        "a photo of many X.",
+        "a photo of Xs.",
+    ]
+    only = set(evaluate.read_templates("release")) - set(evaluate.read_templates("imagenet"))
+    assert only == {"a photo of {}s."}
+
+
 def test_templates_may_come_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\na {} at sea.\none {}.\n\n")
@@ -866,6 +883,32 @@ def test_resized_pictures_are_rounded_to_bytes_by_the_release_alone(name):
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False)
     torch.testing.assert_close(seen[0], x.round() if name == "release" else x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gcl", "maskclip"])
+def test_a_model_gets_the_runs_settings_and_pictures_in_its_own_normalisation(method):
+    """The release's net has ImageNet's; its frozen CLIP alone has CLIP's."""
+    seen = []
+
+    class Recorder(Brightness):
+        recipe = gcl.RECIPES["release"]
+
+        def segment(self, images, text, refine, kp_weight):
+            seen.append((images, kp_weight))
+            return super().segment(images, text, refine, kp_weight)
+
+        def segment_clip(self, images, text, method, refine):
+            return self.segment(images, text, refine, method)
+
+    image = np.full((20, 20, 3), 51, np.uint8)  # a fifth
+    args = options(method=method, kp_weight=0.15)
+    evaluate.segment_image(Recorder(), image, torch.zeros(3, 4), args)
+    (images, given), (mean, std) = seen[0], gcl.CLIP_NORM
+    if method == "gcl":
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = [(0.2 - m) / s for m, s in zip(mean, std, strict=True)]
+    assert images[0, :, 5, 5].tolist() == pytest.approx(expected, abs=1e-5)
+    assert given == (0.15 if method == "gcl" else method)
 
 
 # ---- report ----

@@ -471,6 +471,12 @@ def test_total_loss_weighs_three_groups():
     assert gcl.total_loss(losses, {"tv": 0.0}) == pytest.approx(0.1 * 7 + 0.4 * 24)
 
 
+def test_the_areas_to_log_hold_no_graph(case):
+    """They stay until the next step, and would keep all its activations."""
+    assert case.net(case.images, case.tokens)["area_pos"].requires_grad
+    assert not case.net.mask_areas.requires_grad
+
+
 def test_forward_draws_its_own_noise(case):
     torch.manual_seed(3)
     first = case.net(case.images, case.tokens)

@@ -206,6 +206,17 @@ def test_refinement_removes_what_is_sure_nowhere_and_smooths_by_keys(spread, kep
     )  # so the background channel meets MaskCLIP's own values
 
 
+@pytest.mark.parametrize(("peak", "kept"), [(0.49, False), (0.51, True)])
+def test_a_class_is_removed_where_its_probability_stays_below_a_half(peak, kept):
+    """Of two patches: class 0 is sure in the first, class 1 has the probability peak in the other,
+    where class 2 is next."""
+    p = torch.tensor([[0.9, 0.04], [0.05, peak], [0.05, 0.96 - peak]], dtype=torch.float64)
+    cosine = p.log().view(1, 3, 1, 2) / 100  # any sum of the exponentials is taken out again
+    keys = torch.eye(2, dtype=torch.float64).unsqueeze(0)  # nothing is smoothed
+    masks = backbone.maskclip_refined(cosine, keys)
+    assert bool((masks[0, 1] > 0).all()) is kept
+
+
 def test_equal_keys_give_every_patch_the_mean_and_each_image_is_its_own():
     cosine = 0.2 + 0.02 * torch.randn(2, 3, *GRID).double()
     masks = backbone.maskclip_refined(cosine, torch.ones(2, 12, 6).double())

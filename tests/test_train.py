@@ -95,6 +95,9 @@ def test_the_learning_rate_warms_up_and_decays_as_the_paper_says():
     assert train.learning_rate(15_000, args) == pytest.approx(7.5e-5)
     assert train.learning_rate(32_500, args) == pytest.approx((7.5e-5 + 1e-5) / 2)
     assert train.learning_rate(50_000, args) == pytest.approx(1e-5)
+    # A quarter down a cosine's half wave it has fallen by 15 %, not by 25 %.
+    quarter = 1e-5 + (7.5e-5 - 1e-5) * (2 + 2**0.5) / 4
+    assert train.learning_rate(23_750, args) == pytest.approx(quarter)
     falling = [train.learning_rate(step, args) for step in range(15_000, 50_001, 500)]
     assert falling == sorted(falling, reverse=True)
 
