@@ -271,7 +271,7 @@ def restore(run):
             benchmarks.note(f"note: {flag} is {now} now: the run goes on, but not to the same bits")
     if checkpoint["pairs"] != run.pairs.fingerprint():
         raise InputError(f"{run.path}: trained on other pairs; give the same, or another --out")
-    run.start = checkpoint["step"]
+    run.start = int(checkpoint["step"])
     if run.start not in range(run.steps + 1):
         raise InputError(f"{run.path}: says step {run.start} of {run.steps}; give another --out")
     gcl.restore(run.net, checkpoint, run.path)
