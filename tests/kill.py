@@ -117,6 +117,8 @@ def survive(argv, folder, stride=1, first=1, ranks=1):
         out = folder / str(n)
         killed, _, late = run(argv, out, n, ranks)
         points, ended = points + killed, ended + late
+        if (out / "previous.pt").exists() and not (out / "last.pt").exists():
+            differs.append(f"operation {n}: no last.pt after the kill")
         if killed:
             run(argv, out, None, ranks)
         again = left(out)

@@ -364,6 +364,80 @@ def test_a_checkpoint_comes_before_evaluation_and_pictures(monkeypatch):
         run.stop = stop
         train.after_step(run, done, {})
         assert calls == expected
+    calls.clear()
+    run.stop, run.eval_every = 0, 5
+    train.after_step(run, 5, {})  # no other checkpoint is due
+    assert calls == ["save", "evaluate_now", "save"]
+    calls.clear()
+    run.eval_every, progress["evaluated"] = 2, 2
+    train.follow_up(run, 2)  # the evaluation is there already
+    assert calls == ["draw_samples", "write_curves"]
+
+
+def test_what_a_kill_has_cut_off_after_the_last_step_is_made_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "batches", lambda _: iter(()))
+    monkeypatch.setattr(train, "follow_up", lambda _, done: calls.append(done))
+    train.train(SimpleNamespace(rank=1, start=6, steps=6))
+    assert calls == [6]
+
+
+def test_a_save_that_fails_at_any_point_leaves_what_was_there(tmp_path, monkeypatch):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    state = SimpleNamespace(state_dict=dict, fingerprint=str)
+    run = SimpleNamespace(out=tmp_path, optimizer=state, scaler=state, pairs=state)
+    run.flags, run.progress, run.net = {}, {}, SimpleNamespace()
+
+    def fails(*_, **__):
+        raise InterruptedError
+
+    def half(_, path):
+        Path(path).write_text("half")
+        raise InterruptedError
+
+    run.net.save = fails
+    last.write_text("2")
+    previous.write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", half)
+        with pytest.raises(OSError):
+            train.save(run, 3)
+    assert (last.read_text(), previous.read_text()) == ("2", "1")
+    with pytest.raises(OSError):
+        train.save(run, 3)
+    assert (last.read_text(), previous.read_text()) == ("2", "2")
+
+
+def logs(out, **fields):
+    """What begin_logs needs of a run from step 4 on, whose second evaluation was cut off."""
+    flags = {"out": out, "resume": "auto", "start": 4, "steps": 6, "path": out / "previous.pt"}
+    flags |= {"progress": {"evaluated": 2}, "flags": {}, "pairs": range(4), "ranks": 1}
+    flags["path"].write_text("whole")
+    lines = [{"step": 2, "miou": 1}, {"step": 4}, {"step": 4, "miou": 2}, {"step": 5}]
+    (out / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return SimpleNamespace(**flags | fields, device="cpu", precision="fp32")
+
+
+def test_a_log_keeps_what_the_checkpoint_knows(tmp_path):
+    run = logs(tmp_path)
+    train.begin_logs(run)
+    run.lock.close()
+    kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert kept == [{"step": 2, "miou": 1}, {"step": 4}]
+    assert (tmp_path / "last.pt").read_text() == "whole"
+
+
+def test_a_log_is_whole_at_any_moment_and_a_file_to_resume_from_stays(tmp_path, monkeypatch):
+    def fails(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(files, "write_text", fails)
+    run = logs(tmp_path, resume=str(tmp_path / "previous.pt"))
+    with pytest.raises(InterruptedError):
+        train.begin_logs(run)
+    run.lock.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert run.path.exists() and not (tmp_path / "last.pt").exists()
 
 
 def test_resume_never_leaves_no_checkpoint_of_the_old_run(world, trained, tmp_path):
@@ -562,6 +636,7 @@ def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
     best, last = read(tmp_path / "out" / "best.pt"), read(tmp_path / "out" / "last.pt")
     assert (best["step"], best["miou"]) == (4, 30.0) and gcl.load(tmp_path / "out" / "best.pt")
     assert last["progress"]["best"] == {"step": 4, "miou": 30.0}
+    assert last["progress"]["evaluated"] == 6
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [x for x in lines if "miou" in x][2] == {
         **{"step": 6, "miou": 20.0, "partial": False, "miou_set": 20.0, "best_step": 4}
@@ -600,8 +675,11 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
         [sys.executable, "-c", HOLDS, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
+    (tmp_path / "last.pt.tmp").touch()  # the first one's
     with pytest.raises(files.InputError, match=f"in use by process {first.pid} on "):
-        train.lock(tmp_path)
+        train.begin_logs(logs(tmp_path))
+    assert (tmp_path / "last.pt.tmp").exists()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
     first.kill()
     first.wait()
     train.lock(tmp_path).close()
