@@ -164,6 +164,26 @@ def test_the_seed_is_of_the_order_and_of_the_samples(world):
     order = [index for batch in data.GlobalOrder(14, 4, 6, seed=3) for _, index in batch]
     assert torch.equal(found, run.tokenizer([run.pairs.read(index)[1] for index in order]))
     assert run.pairs.seed == 3
+    torch.manual_seed(99)  # the adapter's start hangs on the flag alone
+    again = train.start_run(train.parse_args([*world[1], *CPU, *SHORT, "--seed", "3"]))
+    other = train.start_run(train.parse_args([*world[1], *CPU, *SHORT, "--seed", "4"]))
+    assert same(run.net.state_dict(), again.net.state_dict())
+    assert not same(run.net.state_dict(), other.net.state_dict())
+
+
+def test_flags_reach_the_model(world):
+    flags = ["--area-prior", "0.3", "--losses", "cl", "--micro-batch", "1"]
+    run, seen = train.start_run(train.parse_args([*world[1], *CPU, *flags])), []
+
+    def wrapped(*batch, micro_batch):
+        seen.append(micro_batch)
+        return run.net(*batch, micro_batch=micro_batch)
+
+    run.wrapped = wrapped
+    losses, _ = train.gradients(run, make_run(world)[1])
+    assert losses.keys() & set(gcl.LOSSES) == {"cl"} and seen == [1]
+    area = run.net.mask_areas[0].item()
+    assert losses["area_pos"].item() == pytest.approx(abs(0.3 - area), abs=1e-6)
 
 
 # ---- runs ----
