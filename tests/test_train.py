@@ -143,6 +143,49 @@ def test_only_matrices_decay_and_every_parameter_is_optimised_once(world, recipe
     assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-6
 
 
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_training_pictures_are_prepared_as_the_recipe_says(world, recipe):
+    run = train.start_run(train.parse_args([*world[1], *CPU, "--recipe", recipe]))
+    steps = {type(step).__name__: step for step in run.pairs.transform.transforms}
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    norm = imagenet if recipe == "release" else gcl.CLIP_NORM
+    assert (steps["Normalize"].mean, steps["Normalize"].std) == norm
+    assert {"RandAugment", "RandomErasing"} & steps.keys() == (
+        {"RandAugment", "RandomErasing"} if recipe == "release" else set()
+    )
+    assert steps["RandomResizedCrop"].size == (32, 32)
+    assert run.pairs.noise_size == (16, 16)
+
+
+def test_the_seed_is_of_the_order_and_of_the_samples(world):
+    run = train.start_run(train.parse_args([*world[1], *CPU, *SHORT, "--seed", "3"]))
+    run.start = 0
+    found = torch.cat([tokens for _, tokens, *_ in train.batches(run)])
+    order = [index for batch in data.GlobalOrder(14, 4, 6, seed=3) for _, index in batch]
+    assert torch.equal(found, run.tokenizer([run.pairs.read(index)[1] for index in order]))
+    assert run.pairs.seed == 3
+    torch.manual_seed(99)  # the adapter's start hangs on the flag alone
+    again = train.start_run(train.parse_args([*world[1], *CPU, *SHORT, "--seed", "3"]))
+    other = train.start_run(train.parse_args([*world[1], *CPU, *SHORT, "--seed", "4"]))
+    assert same(run.net.state_dict(), again.net.state_dict())
+    assert not same(run.net.state_dict(), other.net.state_dict())
+
+
+def test_flags_reach_the_model(world):
+    flags = ["--area-prior", "0.3", "--losses", "cl", "--micro-batch", "1"]
+    run, seen = train.start_run(train.parse_args([*world[1], *CPU, *flags])), []
+
+    def wrapped(*batch, micro_batch):
+        seen.append(micro_batch)
+        return run.net(*batch, micro_batch=micro_batch)
+
+    run.wrapped = wrapped
+    losses, _ = train.gradients(run, make_run(world)[1])
+    assert losses.keys() & set(gcl.LOSSES) == {"cl"} and seen == [1]
+    area = run.net.mask_areas[0].item()
+    assert losses["area_pos"].item() == pytest.approx(abs(0.3 - area), abs=1e-6)
+
+
 # ---- runs ----
 
 
@@ -613,13 +656,19 @@ def test_ranks_that_see_other_pairs_do_not_start(world, tmp_path):
 
 def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
     spec = make_set(tmp_path / "set", n=1)
-    scores, seen = [10.0, 30.0, 20.0], []
+    scores, seen, modes = [10.0, 30.0, 30.0], [], []  # the first of equal ones is the best
+    step = train.train_step
 
     def scored(dataset, net, tokenizer, args, device, rank, ranks):
         seen.append((dataset.name, net.training, args.pamr, args.precision, args.bg_threshold))
         return {"miou": scores[len(seen) - 1], "partial": False}, []
 
+    def stepped(run, *rest):
+        modes.append(run.net.training)
+        return step(run, *rest)
+
     monkeypatch.setattr(evaluate, "evaluate_set", scored)
+    monkeypatch.setattr(train, "train_step", stepped)
     args = [
         *world[1],
         *SHORT,
@@ -633,13 +682,14 @@ def test_evaluation_as_it_goes_keeps_the_best(world, tmp_path, monkeypatch):
     ]
     train.main(train.parse_args(args))
     assert seen == [("set", False, False, "fp32", 0.5)] * 3
+    assert modes == [True] * 6  # by which a signal knows that it interrupts no evaluation
     best, last = read(tmp_path / "out" / "best.pt"), read(tmp_path / "out" / "last.pt")
     assert (best["step"], best["miou"]) == (4, 30.0) and gcl.load(tmp_path / "out" / "best.pt")
     assert last["progress"]["best"] == {"step": 4, "miou": 30.0}
     assert last["progress"]["evaluated"] == 6
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [x for x in lines if "miou" in x][2] == {
-        **{"step": 6, "miou": 20.0, "partial": False, "miou_set": 20.0, "best_step": 4}
+        **{"step": 6, "miou": 30.0, "partial": False, "miou_set": 30.0, "best_step": 4}
     }
 
 
@@ -986,6 +1036,21 @@ def test_a_non_finite_gradient_leaves_the_weights_alone(world):
     assert not torch.equal(run.net.w, before["w"])
     assert (run.progress["skipped"], run.progress["in_a_row"]) == (1, 0)
     assert run.progress["bad"] == [6] * len(data.REASONS)
+
+
+def test_gradients_are_clipped_as_they_are_without_float16s_scale(world):
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        run, batch = make_run(world, scaler=scaler, clip_grad=1e-3)
+        _, norm = train.gradients(run, batch)
+        found.append([norm, *(p.grad for p in run.net.parameters() if p.grad is not None)])
+    for plain, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-9)
+    assert found[0][0] > 1e-3  # so they were clipped
+    whole = torch.cat([gradient.flatten() for gradient in found[0][1:]])
+    assert whole.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def skip_on_rank(rank, pairs):
