@@ -1288,7 +1288,7 @@ def kill_command(folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a run is forked")
-@pytest.mark.parametrize(("ranks", "stride", "least"), [(1, 7, 9), (2, 19, 3)])
+@pytest.mark.parametrize(("ranks", "stride", "least"), [(1, 11, 6), (2, 24, 3)])
 def test_a_run_that_was_killed_at_any_file_operation_ends_as_the_unbroken_one(
     tmp_path, ranks, stride, least
 ):
