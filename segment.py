@@ -308,7 +308,6 @@ def line_of(entry):
 
 def main(args):
     """All pictures of a parsed command line. Returns the exit code."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # found out now, not after a picture
     net, _ = evaluate.load_model(args, backbone.pick_device(args.device))
     text, done, failed = encode(net, args), [], []  # [K, C]
     with tqdm(args.images, "segmenting", disable=len(args.images) == 1) as bar:

@@ -257,7 +257,7 @@ CONFIG = """{"embed_dim": 128, "quick_gelu": true,
 "vision_cfg": {"image_size": 48, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8},
 "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 1}}
 """  # open_clip's own model-config format
-STEPS, BATCH, LR = 500, 128, 2e-3
+STEPS, BATCH, LR = 300, 128, 2e-3
 # 1 / temperature; softer than open_clip's 14, so that masks have to learn their area.
 START_SCALE = 5
 
