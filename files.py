@@ -70,7 +70,7 @@ def command(main, args):
         return status
     except BrokenPipeError:  # python data.py check ... | head
         os._exit(141)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         # Lists in a message go on in lines that are indented.
         print(printable(f"error: {error}").replace("\\n   ", "\n   "), file=sys.stderr)
         return 1

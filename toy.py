@@ -336,7 +336,7 @@ def clip_of(out):
 def call(script, *arguments, ranks=1):
     """Runs a program beside this one; InputError where it fails, its message is on the screen."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    print("$ python", script, *command[2:], flush=True)
+    print(" ".join(["$ python", script, *command[2:]]), flush=True)  # one write: two are at work
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}

@@ -459,3 +459,10 @@ def test_a_signal_that_arrives_while_a_process_is_forked_is_not_lost():
     command = [sys.executable, "-c", AT_FORK, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "interrupted\n")
+
+
+def test_more_memory_than_there_is_is_one_line(capsys):
+    """A flag that is within its bounds may still be too much: --image-size 2147483640."""
+    assert files.command(np.empty, 2**50) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: Unable to allocate") and error.count("\n") == 1

@@ -257,7 +257,7 @@ def test_any_image_size_under_autocast_and_refined_at_the_masks_grid(net, text, 
 def test_every_method_runs_under_the_one_protocol_without_a_checkpoint(
     tmp_path, monkeypatch, method
 ):
-    model, pretrained = make_clip(tmp_path / "clip")
+    model, pretrained = make_clip(tmp_path / "clip", patch_size=16)
     spec = make_set(tmp_path / "set", n=2, background=True)
     seen, original = [], gcl.GCL.segment_clip
 
