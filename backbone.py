@@ -28,9 +28,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import huggingface_hub
 import open_clip
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -265,8 +263,9 @@ def pick_device(name=None):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).cpu()  # what is not there, or holds nothing, fails here
     except (AssertionError, ImportError, RuntimeError) as error:
-        what = f"no such device here; choose cuda, mps or cpu ({first_line(error)})"
-        raise InputError(f"--device {name}: {what}") from error
+        raise InputError(
+            f"--device {name}: no such device here; choose cuda, mps or cpu ({first_line(error)})"
+        ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -335,8 +334,10 @@ def build_clip(config, state=None, path=None, model=None):
             if size > 10**10:  # the largest CLIP there is has 2.5
                 raise ValueError(f"{size / 10**9:,.0f} thousand million weights")
     except Exception as error:  # whatever it stumbles over; the config is what is wrong
-        what = f"not a model config that open_clip.CLIP takes: {first_line(error)}"
-        raise InputError(f"--model {first_line(model or config)}: {what}") from error
+        raise InputError(
+            f"--model {first_line(model or config)}: "
+            f"not a model config that open_clip.CLIP takes: {first_line(error)}"
+        ) from error
     check_vit(clip)
     if state is not None:
         load_strict(clip, state, path)
@@ -353,8 +354,10 @@ def check_vit(clip):
     except AttributeError:  # a ResNet, a model of timm
         plain = False
     if not plain:
-        what = "GCL needs a plain ViT with class token, as ViT-B-16-quickgelu"
-        raise InputError(f"{type(visual).__name__}: {what}")
+        raise InputError(
+            f"{type(visual).__name__}: "
+            "GCL needs a plain ViT with class token, as ViT-B-16-quickgelu"
+        )
 
 
 def clip_config(model):
@@ -367,17 +370,20 @@ def clip_config(model):
         return dict(config.get("model_cfg", config))
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         near = ", ".join(difflib.get_close_matches(str(model), names)) or "none"
-        what = f"neither a name of open_clip (near: {near}) nor a model config in JSON"
-        raise InputError(f"--model {model}: {what} ({first_line(error)})") from error
+        raise InputError(
+            f"--model {model}: neither a name of open_clip (near: {near}) nor a model config in "
+            f"JSON ({first_line(error)})"
+        ) from error
 
 
 def offline_without_hub():
     """Where the hub does not answer within seconds, its client takes what it has stored, or fails
     at once, where it would try again for minutes."""
+    hub = sys.modules["huggingface_hub"]  # open_clip's own client
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # of whichever client it uses
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # of whichever library it asks by
+        hub.constants.HF_HUB_OFFLINE = True
 
 
 def find_weights(model, pretrained):
@@ -432,7 +438,7 @@ def read_file(path):
         begin = file.read(40)
     try:
         if begin[8:9] == b"{":  # after the size of this header of safetensors
-            return safetensors.torch.load_file(path)
+            return open_clip.factory.load_state_dict(path)
         if not zipfile.is_zipfile(path):  # torch's format until 2020
             return torch.load(path, map_location="cpu", weights_only=True)
         file = tensors_alone(path)
@@ -441,11 +447,11 @@ def read_file(path):
         with torch.serialization.safe_globals([(Attributes, name) for name in unknown]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it stumbles over; the file is what is wrong
-        what = "damaged, or a web page, a Git LFS pointer (git lfs pull fetches the file)"
-        why = f"{type(error).__name__}; begins with {begin[:16]}"
         raise InputError(
-            f"{path}: not a checkpoint that can be read: {what}, or holds more than tensors and "
-            f"numbers ({why})"
+            f"{path}: not a checkpoint that can be read: damaged, or a web page, a Git LFS pointer "
+            "(git lfs pull fetches the file), safetensors that are not named .safetensors, or "
+            "holds more than tensors and numbers "
+            f"({type(error).__name__}; begins with {begin[:16]})"
         ) from error
 
 
@@ -483,8 +489,10 @@ def read_weights(path):
     if "visual_projection.weight" in state:
         state = release.from_hugging_face(state)
     if "visual.proj" not in state:
-        what = "no CLIP state dict; of a pickled model save its state_dict()"
-        raise InputError(f"{path}: {what}; a checkpoint of GCL goes to --checkpoint or --resume")
+        raise InputError(
+            f"{path}: no CLIP state dict; of a pickled model save its state_dict(); "
+            "a checkpoint of GCL goes to --checkpoint or --resume"
+        )
     return state, quick
 
 

@@ -152,6 +152,7 @@ def measure(stage, args):
     clip, tokenizer = gcl.load_clip(args.model, None, device)
 
     def seconds(side, half=None):
+        """Of one call, until the device has done its work."""
         start = time.perf_counter()
         with torch.autocast(device.type, half, enabled=bool(half)):
             side()

@@ -64,11 +64,11 @@ def windows(height, width, size, stride):
 def confusion(label, prediction, n):
     """int64 [n, n]: pixels of class i (rows) predicted as class j (columns).
 
-    label, prediction: integers [h, w], a tensor or array and a tensor. A label past the classes,
-    such as 255, is ignored.
+    label, prediction: integers [h, w], a tensor or array and a tensor. 255 is ignored, with more
+    classes n; RuntimeError for another label past the classes.
     """
     label = torch.as_tensor(label, dtype=torch.int64, device=prediction.device)
-    scored = label < n
+    scored = label < max(n, 255)
     pairs = label[scored] * n + prediction[scored]  # one number for each (i, j)
     return torch.bincount(pairs, minlength=n * n).view(n, n)  # [n*n] -> [n, n]
 

@@ -166,7 +166,11 @@ def read_picture(source):
     try:
         with Image.open(source, formats=FORMATS) as image:
             image.fp.seek(0)
-            scans = image.fp.read().count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            scans = (
+                image.fp.read(1_000_000_000).count(b"\xff\xda")
+                if image.format in ("JPEG", "MPO")
+                else 1
+            )
             if image.width * image.height * max(scans / 16, 1) > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.size} pixels, {scans} scans")
             return rgb(image)
@@ -230,14 +234,16 @@ def start_worker():
 def in_parallel(function, items, processes, what):
     """Yields function(item) of all items in order, from a pool if processes > 1, under a bar."""
     # Unlike multiprocessing.Pool it notices when a process was killed; it starts them in map().
-    with ProcessPoolExecutor(processes or 1, initializer=start_worker) as pool:
-        try:
-            with held_signals():
-                results = (pool.map if processes > 1 else map)(function, items)
-            yield from tqdm(results, what, len(items), leave=False, delay=1)
-        except BrokenExecutor as error:
-            killed = f"{what}: one of {processes} processes was killed; out of memory?"
-            raise InputError(killed) from error
-        finally:  # at once, as an item may take minutes; a program has one pool at a time
-            for process in multiprocessing.active_children():
-                process.kill()
+    pool = ProcessPoolExecutor(processes or 1, initializer=start_worker)
+    try:
+        with held_signals():
+            results = (pool.map if processes > 1 else map)(function, items)
+        yield from tqdm(results, what, len(items), leave=False, delay=1)
+    except BrokenExecutor as error:
+        killed = f"{what}: one of {processes} processes was killed; out of memory?"
+        raise InputError(killed) from error
+    finally:
+        # Shut down first: to a pool that is not, killed processes are an error of its own thread.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()  # at once, as an item may take minutes; a program has one pool at a time

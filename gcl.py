@@ -344,8 +344,10 @@ def read_checkpoint(path):
         return fields | release.translate(model)
     wrong = [name for name in FIELDS if not isinstance(checkpoint.get(name), FIELDS[name])]
     if wrong or checkpoint["format"] != FORMAT:
-        what = f"no checkpoint of GCL that this version reads, wrong or missing: {wrong}"
-        raise InputError(f"{path}: {what}; CLIP weights go to --pretrained")
+        raise InputError(
+            f"{path}: no checkpoint of GCL that this version reads, wrong or missing: {wrong}; "
+            "CLIP weights go to --pretrained"
+        )
     return checkpoint | {"model": model}
 
 
@@ -373,8 +375,9 @@ def load(path, model=None, pretrained=None, device="cpu"):
         torch.tensor(recipe.norm).view(2, 3)  # [2, 3], mean and std of three channels
         net = GCL(clip, recipe, checkpoint["losses"], checkpoint["area_prior"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        what = f"not a recipe and losses that this version has ({first_line(error)})"
-        raise InputError(f"{path}: {what}") from error
+        raise InputError(
+            f"{path}: not a recipe and losses that this version has ({first_line(error)})"
+        ) from error
     restore(net, checkpoint, path)
     return net.to(device).eval()
 
@@ -387,5 +390,6 @@ def restore(net, checkpoint, path):
     frozen = {f"clip.{key}": value for key, value in net.clip.state_dict().items()}
     load_strict(net, checkpoint["model"] | frozen, path)
     if checkpoint.get("clip_crc") not in (None, backbone.fingerprint(net.clip)):
-        what = "was trained on another CLIP than this one, though the shapes fit"
-        raise InputError(f"{path}: {what}")
+        raise InputError(
+            f"{path}: was trained on another CLIP than this one, though the shapes fit"
+        )

@@ -224,10 +224,10 @@ def output_names(paths):
 SAME = {  # evaluate.py's flags that are passed on
     "checkpoint": "of train.py (default runs/gcl/last.pt), or the authors' tcl.pth",
     "model": "open_clip name or model-config .json; default: what the checkpoint names",
-    "pretrained": "open_clip tag or local weights; default: what the checkpoint names",
+    "pretrained": "open_clip tag, local weights or random; default: what the checkpoint names",
     "method": "gcl (default), or a method that uses CLIP alone, such as maskclip",
     "kp-weight": "w_kp of the knowledge preservation branch (Appendix A)",
-    "templates": "release, simple, or a file with one prompt per line, {} for the text",
+    "templates": "release, simple, imagenet, or a file: a prompt a line, {} for the text",
     "short-side": "pixels of the shorter side, 448 (Sec. 4.1)",
     "window": "side of the sliding window, 448",
     "stride": "step of the sliding window, 224",

@@ -199,6 +199,7 @@ def draw_shard(job):
     path, seed, first = job
 
     def write(file):
+        """The tar, picture by picture."""
         with tarfile.open(file, "w") as tar:
             for i in range(first, first + PER_SHARD):
                 rng = np.random.default_rng((seed, 0, i))  # by index: whoever draws it

@@ -127,11 +127,8 @@ def start_run(args):
     step: InputError. signals: those that have come; stop: the one that ends the run, or 0.
     """
     run = SimpleNamespace(**vars(args), flags=vars(args), signals=[], stop=0, times=[])
-    run.out, run.launcher, run.device = (
-        Path(args.out),
-        os.getppid(),
-        backbone.pick_device(args.device),
-    )
+    run.out, run.launcher = Path(args.out), os.getppid()
+    run.device = backbone.pick_device(args.device)
     run.shards = data.expand_shards(args.data)
     torch.manual_seed(args.seed)
     clip, run.tokenizer = gcl.load_clip(args.model, args.pretrained, run.device)

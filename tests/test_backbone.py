@@ -157,11 +157,13 @@ def test_archive_state_dict_and_safetensors_load_alike(tmp_path, weights):
     numbers = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(16)}
     write_archive(tmp_path / "archive.pt", {**weights, **numbers, "vocab_size": torch.tensor(512)})
     shutil.copy(safe(tmp_path, weights), tmp_path / "named.pt")
+    with pytest.raises(files.InputError, match="safetensors that are not named .safetensors"):
+        gcl.load_clip(CLIP_JSON, tmp_path / "named.pt")
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in weights.items()}, "epoch": 3},
         tmp_path / "training.pt",
     )
-    for name in ("archive.pt", "clip.safetensors", "named.pt", "training.pt"):
+    for name in ("archive.pt", "clip.safetensors", "training.pt"):
         clip, tokenizer = gcl.load_clip(CLIP_JSON, tmp_path / name)
         assert backbone.fingerprint(clip) == truth, name
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in clip.parameters())

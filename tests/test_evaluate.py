@@ -246,12 +246,18 @@ def test_accuracies_are_those_of_plain_loops():
     assert {*evaluate.accuracies(torch.zeros(3, 3)).values()} == {None}
 
 
-def test_labels_past_the_classes_are_ignored_whatever_their_type():
-    """Arrays as they are stored, of more than 255 classes too, where 255 is one of them."""
+def test_what_is_ignored_has_one_value_whatever_the_labels_type():
+    """Arrays as they are stored, of more than 255 classes too, where 255 is one of them. Another
+    label past the classes, as of a rule that is off by one, is never scored in silence.
+    """
     prediction = torch.tensor([0, 255, 299])
     for label in (np.array([0, 255, 300], np.uint16), torch.tensor([0, 255, 300])):
         matrix = evaluate.confusion(label, prediction, 300)
         assert matrix.nonzero().tolist() == [[0, 0], [255, 255]]
+    prediction = torch.tensor([0, 1, 2])
+    assert evaluate.confusion(torch.tensor([0, 255, 1]), prediction, 3).sum() == 2
+    with pytest.raises(RuntimeError):
+        evaluate.confusion(torch.tensor([0, 255, 3]), prediction, 3)
 
 
 # ---- the command line ----

@@ -1148,7 +1148,11 @@ def test_a_checkpoint_without_the_newest_field_of_the_recipe_loads(tmp_path):
     recipe = dataclasses.asdict(net.recipe)
     recipe.popitem()
     net.save(path, recipe=recipe)
+    saved = net.w.item()
+    with torch.no_grad():
+        net.w += 1
     gcl.restore(net, gcl.read_checkpoint(path), path)
+    assert net.w.item() == saved
 
 
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
