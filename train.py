@@ -317,21 +317,22 @@ def join(run):
     """
     mine = f"step {run.start} of {len(run.pairs)} pairs ({run.pairs.fingerprint()[:8]})"
     keys = [f"start/{rank}" for rank in range(run.ranks)]
+    backend, wait = "nccl" if run.device.type == "cuda" else "gloo", timedelta(seconds=run.timeout)
     try:
         store, _, _ = next(dist.rendezvous("env://", run.rank, run.ranks))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         store.set(keys[run.rank], mine)
         store.wait(keys, timedelta(days=1))
-    except (RuntimeError, ValueError) as error:
+        others = {store.get(key).decode() for key in keys} - {mine}
+        dist.init_process_group(backend, None, wait, run.ranks, run.rank, store)
+    except (RuntimeError, ValueError) as error:  # a rank may be gone at any of these lines
         why = files.first_line(error)
         raise InputError(f"not all {run.ranks} ranks have started ({why})") from error
-    if others := {store.get(key).decode() for key in keys} - {mine}:
+    if others:
         raise InputError(
-            f"rank {run.rank} would start at {mine}, others at {max(others)}; "
+            f"would start at {mine}, others at {max(others)}; "
             "all nodes need the same --data and a shared --out"
         )
-    backend, wait = "nccl" if run.device.type == "cuda" else "gloo", timedelta(seconds=run.timeout)
-    dist.init_process_group(backend, None, wait, run.ranks, run.rank, store)
 
 
 def begin_logs(run):

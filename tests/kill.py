@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ PROTOCOL = {"short_side": 64, "window": 64, "stride": 32}
 PATIENCE = 3  # seconds that another rank has to end by itself, before it is ended as by torchrun
 
 
-def start(argv, out, environment, kill_at, write):
-    """train.py in a forked process, which writes its number of file operations; its process id."""
+def start(argv, out, environment, kill_at, write, said):
+    """train.py in a forked process, which writes its number of file operations and, to said, what
+    it says; its process id."""
     import evaluate
     import train
 
@@ -45,11 +47,16 @@ def start(argv, out, environment, kill_at, write):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    code = train.command([*argv, "--out", str(out)])
-    os.write(write, f"{seen}\n".encode())
-    os._exit(code)
+    for number in (1, 2):
+        os.dup2(said.fileno(), number)
+    code = 1
+    try:
+        code = train.command([*argv, "--out", str(out)])
+        os.write(write, f"{seen}\n".encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:  # what stands further up, such as a temporary folder, is the parent's to end
+        os._exit(code)
 
 
 def end(child):
@@ -69,18 +76,25 @@ def run(argv, out, kill_at=None, ranks=1):
         group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     group |= {"WORLD_SIZE": str(ranks)}
     read, write = os.pipe()
-    children = []
+    children, said = [], tempfile.TemporaryFile("w+")
     for rank in range(ranks):
         environment = group | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         at = None if rank else kill_at
-        children.append(start(argv, out, environment if ranks > 1 else {}, at, write))
+        children.append(start(argv, out, environment if ranks > 1 else {}, at, write, said))
     os.close(write)
     _, status = os.waitpid(children[0], 0)
-    if os.WIFSIGNALED(status):
+    killed = os.WIFSIGNALED(status)
+    if killed:
+        late = sum(map(end, children[1:]))
+    else:
+        others = [os.waitpid(child, 0)[1] for child in children[1:]]
+    said.seek(0)
+    words = said.read()
+    assert "Traceback" not in words, words
+    if killed:
         os.close(read)
-        return True, kill_at, sum(map(end, children[1:]))
-    others = [os.waitpid(child, 0)[1] for child in children[1:]]
-    assert not any([status, *others]), f"exit status {status, *others}"
+        return True, kill_at, late
+    assert not any([status, *others]), f"exit status {status, *others}: {words}"
     with os.fdopen(read) as pipe:
         return False, max(map(int, pipe.read().split())), 0
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import kill
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import run_ranks
 from PIL import Image
 from tiny import CONFIG, ROOT, check_refused, jpeg, make_clip, make_set, make_shards, run, write_tar
@@ -643,6 +644,21 @@ def test_one_rank_that_hangs_ends_all(world, tmp_path):
     error = process.communicate()[1]
     lost = "error: rank 0: a collective was not completed within --timeout 3 s: another rank hangs"
     assert process.returncode == 1 and lost in error and "3000ms" in error
+
+
+def test_a_rank_that_is_gone_while_the_group_forms_is_one_line(monkeypatch):
+    """As when it is killed just after all have met at the store: seldom, but kill.py met it."""
+
+    def gone(*_):
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", gone)
+    pairs = type("Pairs", (), {"__len__": lambda _: 3, "fingerprint": lambda _: "0" * 64})()
+    run = SimpleNamespace(rank=0, ranks=1, start=0, pairs=pairs, timeout=9)
+    run.device = torch.device("cpu")
+    with pytest.raises(files.InputError, match=r"have started \(Connection reset by peer\)"):
+        train.join(run)
 
 
 def test_ranks_that_see_other_pairs_do_not_start(world, tmp_path):
