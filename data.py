@@ -15,6 +15,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import io
@@ -34,11 +35,6 @@ from torchvision import transforms as T
 
 import files
 from files import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 KINDS = dict.fromkeys(".jpg .jpeg .png .webp".split(), "image") | {".txt": "text", ".json": "json"}
 BadSample = files.PictureError  # a pair that cannot be used; its reason is one of these:
@@ -182,9 +178,6 @@ def open_index(path):
 @contextlib.contextmanager
 def node_lock(key):
     """One process of a node at a time; a killed one loses its lock: nobody waits for the dead."""
-    if fcntl is None:  # Windows: every rank scans for itself
-        yield
-        return
     path = Path(tempfile.gettempdir(), f"gcl-{os.getuid()}-{key}.lock")
     with open(path, "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock, not handed down to the scanning processes

@@ -266,8 +266,8 @@ class GCL(nn.Module):
     def mask_logits(self, v_n, t):
         """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C] or [B, N, C],
         L2-normalised."""
-        t = t.expand(len(v_n), -1, -1)  # [B, N, C]
-        return self.w * torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
+        t = (self.w * t).expand(len(v_n), -1, -1)  # [B, N, C]: fewer numbers than masks have
+        return torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
 
     # ---- inference ----
 

@@ -39,6 +39,8 @@ TABLE_1 = json.loads("""{
 "ReCo": [25.1, 19.9, 15.7, 57.7, 22.3, 14.8, 21.1, 11.2, 23.5],
 "GCL": [55.0, 30.4, 31.6, 83.2, 33.9, 22.4, 24.0, 17.1, 37.2]
 }""")
+# GCL without PAMR, as TLH-CLIP and DeCLIP print it, from one source; its average is their own.
+WITHOUT_PAMR = "51.2 24.3 30.4 77.5 30.3 19.6 23.1 14.9 33.9".split()
 # Of some classes alone: VOC20, Context59, COCO-Stuff, then the average.
 TABLE_3 = json.loads("""{
 "ViL-Seg": [34.4, 16.3, 16.4, 22.4],
@@ -410,18 +412,21 @@ def write_log(record, out, bar):
         file.write(re.sub("NaN|-?Infinity", "null", json.dumps(record)) + "\n")
 
 
-def write_samples(path, images, masks, captions):
+def write_samples(path, images, masks, texts, norm):
     """A PNG of training pairs, dark where a mask is low: the image, under its own caption's mask,
     under that of the pair before.
 
-    images: float [n, 3, h, w] in 0..1. masks: [n, n, h, w], of image i and caption j. On the CPU.
+    images: float [n, 3, h, w], norm: their mean and std. masks: [n, n, h, w], of image i and text
+    j. texts: as decoded, captions between the tokenizer's marks. On the CPU.
     """
-    rows, titles = [], []
-    for i, image in enumerate(images):
+    captions = [re.split("<.*?_text>", text)[1].strip() for text in texts]
+    mean, std = np.reshape(norm, (2, 3, 1, 1))  # [3, 1, 1] each
+    rows, titles, masks = [], [], masks.numpy()
+    for i, image in enumerate((images.numpy() * std + mean).clip(0, 1)):
         titles += ["image", f"+ {captions[i]}", f"- {captions[i - 1]}"]
         shown = 255 * image, 255 * image * masks[i, i], 255 * image * masks[i, i - 1]
         # [h, w, 3]
-        rows.append([fit(x.byte().permute(1, 2, 0).numpy(), 224) for x in shown])
+        rows.append([fit(x.astype(np.uint8).transpose(1, 2, 0), 224) for x in shown])
     files.save_png(path, sheet(rows, titles))
 
 

@@ -55,8 +55,9 @@ from files import STOP, InputError, count, count_or_zero, positive, share, weigh
 
 def parse_args(argv=None):
     """The command line; values that cannot be end with exit code 2."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def add(name, text, default=None, kind=str, **how):
         p.add_argument(f"--{name}", help=text, default=default, type=kind, **how)
@@ -96,6 +97,7 @@ def parse_args(argv=None):
     add("device", "cuda, mps or cpu; default: the best there is")
     kinds = ["auto", *evaluate.PRECISIONS]
     add("precision", "auto: bf16 (or fp16) on CUDA, else fp32", "auto", choices=kinds)
+    p.add_argument("--compile", action="store_true", help="masks by torch.compile, for GPUs")
     args = p.parse_args(argv)
     if wrong := complaint(args):
         p.error(wrong)
@@ -138,6 +140,8 @@ def start_run(args):
     if run.device.type == "cpu":
         winograd.use(run.net)
     run.optimizer = build_optimizer(run.net, args)
+    if run.compile:
+        compile_masks(run)
     set_precision(run)
     read_eval_sets(run)
     run.pairs = build_pairs(run)
@@ -155,6 +159,15 @@ def set_precision(run):
     dtype = evaluate.PRECISIONS[run.precision]
     run.autocast = torch.autocast(run.device.type, dtype, enabled=bool(dtype))
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+
+
+def compile_masks(run):
+    """net.mask_rows as few kernels, where a compiler is found; otherwise says what is missing."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(9, device=run.device))
+        run.net.mask_rows = torch.compile(run.net.mask_rows)
+    except Exception as error:  # each backend has its own; it names the C compiler
+        benchmarks.note(f"note: --compile is off: {files.first_line(error)}")
 
 
 def build_optimizer(net, args):
@@ -226,7 +239,7 @@ SAME_RUN = (
     "recipe losses lambda_gcl lambda_area lambda_tv area_prior batch_size lr min_lr scalar_lr_mult"
     " weight_decay steps warmup_steps clip_grad image_size seed"
 ).split()
-SAME_BITS = "ranks", "micro_batch", "precision"
+SAME_BITS = "ranks", "micro_batch", "precision", "compile"
 
 
 def newest_checkpoint(args):
@@ -474,11 +487,8 @@ def draw_samples(run):
     with run.autocast:
         t = run.net.encode_text(tokens.to(run.device))  # [4, C]
         masks = run.net.segment(images.to(run.device), t, kp_weight=0).cpu()  # [4, 4, h, w]
-    mean, std = torch.tensor(run.net.recipe.norm).view(2, 3, 1, 1)  # [3, 1, 1] each
-    words = [run.tokenizer.decode(row) for row in tokens.tolist()]
-    captions = [re.split("<.*?_text>", text)[1].strip() for text in words]  # between its marks
-    images = (images * std + mean).clamp(0, 1)
-    report.write_samples(run.out / "samples.png", images, masks, captions)
+    texts = [run.tokenizer.decode(row) for row in tokens.tolist()]
+    report.write_samples(run.out / "samples.png", images, masks, texts, run.net.recipe.norm)
 
 
 @torch.no_grad()

@@ -576,7 +576,7 @@ def test_more_classes_than_255_are_scored_saved_and_scored_again(world, tmp_path
     capsys.readouterr()
     saved = evaluated("--datasets", spec, *world.maskclip, "--save-predictions", "--out", tmp_path)
     assert "stored 65535 is not scored, no label holds 1 of 300 classes" in capsys.readouterr().err
-    assert Image.open(tmp_path / "predictions/many/0.png").mode == "I;16"
+    assert Image.open(tmp_path / "predictions/many/0.png").mode in ("I;16", "I")  # an older Pillow
     again = evaluated(*given, "--out", tmp_path / "again")
     assert saved["datasets"]["many"]["iou"] == again["datasets"]["many"]["iou"]
 

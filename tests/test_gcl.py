@@ -24,6 +24,7 @@ from conftest import (
     run_ranks,
 )
 from test_ops import loop_info_nce
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbone
 import files
@@ -781,29 +782,46 @@ def test_masks_under_autocast_are_float32_and_refined_in_float32(tmp_path):
         assert_close(half, full, rtol=0.1, atol=0.05)
 
 
-class RefuseMixedTypes(torch.overrides.TorchFunctionMode):
-    """What CUDA refuses and CPUs take: two float types in one product or norm without autocast."""
+def layer_norm_of_cuda(x, *args, norm=F.layer_norm):
+    """CUDA's autocast computes norms in float32, that of CPUs leaves them as they come."""
+    if not torch.is_autocast_enabled("cpu"):
+        return norm(x, *args)
+    with torch.autocast("cpu", enabled=False):
+        return norm(x.float(), *(a.float() if torch.is_tensor(a) else a for a in args))
 
-    NAMES = {"layer_norm", "conv2d", "linear", "matmul", "__matmul__", "einsum"}
-    NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__ in self.NAMES and not torch.is_autocast_enabled("cpu"):
-            tensors = filter(torch.is_tensor, [*args, *kwargs.values()])
-            kinds = {x.dtype for x in tensors if x.is_floating_point()}
-            assert len(kinds) == 1, (function.__name__, kinds)
-        return function(*args, **kwargs)
+class RefuseMixedTypes(TorchDispatchMode):
+    """What CUDA refuses and CPUs take, forward and backward, as the operators get it once autocast
+    has done its part: two float types in one product, convolution or norm.
+    """
+
+    NAMES = "native_layer_norm native_batch_norm convolution mm addmm bmm baddbmm dot mv".split()
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        if name.removesuffix("_backward") in self.NAMES or "attention" in name:
+            # All but what a forward pass left in float32: means, deviations, sums of exponentials.
+            own = args[:2] + args[5:7] if name == "native_layer_norm_backward" else args
+            own = args[:3] if "attention" in name else own
+            kinds = {x.dtype for x in own if torch.is_tensor(x) and x.is_floating_point()}
+            assert len(kinds) == 1, (name, kinds)
+            self.seen |= {(name, *kinds)}
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recipe, micro_batch", [("paper", None), ("release", 2)])
 def test_a_step_and_a_segmentation_under_autocast_hold_no_mixed_types(
-    tmp_path, dtype, recipe, micro_batch
+    tmp_path, monkeypatch, dtype, recipe, micro_batch
 ):
     net, (images, tokens) = make_net(tmp_path, recipe), make_batch()
     net.set_trainable(30_000)
-    with RefuseMixedTypes():
+    monkeypatch.setattr(F, "layer_norm", layer_norm_of_cuda)
+    with RefuseMixedTypes() as mode:
         with torch.autocast("cpu", dtype):
             total = gcl.total_loss(net(images, tokens, micro_batch=micro_batch))
         total.backward()
@@ -812,8 +830,16 @@ def test_a_step_and_a_segmentation_under_autocast_hold_no_mixed_types(
             net.segment(images, text, pamr)
             for method in backbone.METHODS:
                 net.segment_clip(images, text, method, pamr)
-        with pytest.raises(AssertionError, match="einsum"):
-            backbone.cosines(net.clip.visual, torch.randn(1, 48, 2, 2), text.to(dtype))
+    seen = {("convolution", dtype), ("convolution_backward", dtype), ("mm", dtype)}
+    norms = {(f"native_layer_norm{way}", torch.float32) for way in ("", "_backward")}
+    assert seen | norms | {("bmm", torch.float32)} <= mode.seen
+    mixed = torch.zeros(1, 4, 5, 5, dtype=dtype), torch.zeros(4, 4, 3, 3)
+    for function, pair in ((F.conv2d, mixed), (torch.mm, (mixed[0][0, 0], torch.zeros(5, 5)))):
+        with RefuseMixedTypes(), pytest.raises(AssertionError, match="conv|mm"):
+            function(*pair)
+    x, weight = torch.zeros(2, 5, dtype=dtype), torch.ones(5)
+    with RefuseMixedTypes(), pytest.raises(AssertionError, match="native_layer_norm"):
+        F.layer_norm(x, (5,), weight)
 
 
 def test_double_precision_gives_the_same_losses_and_masks(tmp_path):

@@ -177,8 +177,9 @@ def test_a_partial_set_is_marked_wherever_its_number_stands(texts):
         )
         assert "34.8 (partial)" in shown and "34.8" not in shown.replace("34.8 (partial)", "")
     report.radar(results)
-    seen = [text for text, _ in texts]
-    assert [text for text in seen if "partial" in text] == ["VOC20\n80.0 (partial)\nbest 83.2"]
+    seen = [text for text, _ in texts if "partial" in text]
+    # An older Pillow draws line by line.
+    assert set(seen) - {"80.0 (partial)"} == {"VOC20\n80.0 (partial)\nbest 83.2"}
 
 
 def test_a_figure_is_marked_where_its_set_is_partial():

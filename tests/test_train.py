@@ -4,6 +4,7 @@ train.py as called.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import kill
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import run_ranks
+from conftest import assert_close, run_ranks
 from PIL import Image
 from tiny import CONFIG, ROOT, check_refused, jpeg, make_clip, make_set, make_shards, run, write_tar
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -774,12 +776,7 @@ def test_evaluation_is_that_of_evaluate_py(world, tmp_path):
 
 def test_pictures_show_images_masks_and_curves(trained):
     with Image.open(trained / "samples.png") as sheet:
-        pixels = (
-            torch.tensor(list(sheet.convert("L").get_flattened_data())).view(
-                sheet.height, sheet.width
-            )
-            / 255
-        )
+        pixels = torch.from_numpy(np.array(sheet.convert("L"))) / 255
     columns = [pixels[26:250, 8 + 232 * k : 232 + 232 * k] for k in range(3)]
     assert pixels.shape == (4 * 250 + 8, 3 * 232 + 8)
     assert columns[0].mean() > 2 * columns[1].mean() > 0.02  # masks leave the rest dark
@@ -1147,6 +1144,40 @@ def test_bf16_autocast_stays_close_to_float32(world):
         assert half[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02), name
 
 
+def test_compiled_masks_are_the_plain_ones(world, tmp_path, monkeypatch):
+    """torch.compile's capture of the whole function, forward and backward; what a backend makes of
+    it is that backend's.
+    """
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    args = [*world[1], *CPU, "--batch-size", "6", "--out", str(tmp_path)]
+    found = {}
+    for flags in [], ["--compile"], ["--compile", "--micro-batch", "4"]:
+        run = train.start_run(train.parse_args([*args, *flags]))
+        assert bool(flags) == hasattr(run.net.mask_rows, "_torchdynamo_orig_callable")
+        for name, p in run.net.adapter.named_parameters():
+            if name.endswith("gate"):
+                p.data.fill_(0.5)
+        run.wrapped, run.start = run.net.double(), 0
+        *batch, _ = next(train.batches(run))
+        batch = [x.double() if x.is_floating_point() else x for x in batch]
+        losses, norm = train.gradients(run, batch)
+        found[len(flags)] = torch.stack([*losses.values(), norm]).detach()
+    for count in 1, 3:
+        assert_close(found[count], found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(world, tmp_path, monkeypatch, capsys):
+    def compile(_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC.")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    args = [*world[1], *CPU, "--batch-size", "6", "--compile", "--out", str(tmp_path)]
+    run = train.start_run(train.parse_args(args))
+    assert "note: --compile is off: Failed to find C compiler.\n" in capsys.readouterr().err
+    assert run.net.mask_rows.__func__ is gcl.GCL.mask_rows
+
+
 @pytest.mark.parametrize(
     "extra", [["--losses", "cl", "--lambda-area", "0", "--lambda-tv", "0"], ["--recipe", "release"]]
 )
@@ -1205,7 +1236,8 @@ def test_ranks_that_cannot_meet_say_so_in_one_line(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     pairs = type("Pairs", (), {"__len__": lambda _: 14, "fingerprint": lambda _: "0" * 64})()
     with pytest.raises(files.InputError, match="not all 2 ranks have started .*MASTER_ADDR"):
-        train.join(SimpleNamespace(rank=0, ranks=2, start=0, pairs=pairs))
+        device = torch.device("cpu")
+        train.join(SimpleNamespace(rank=0, ranks=2, start=0, pairs=pairs, device=device, timeout=9))
 
 
 def test_wrong_data_is_explained_before_anything_is_written(world, trained, tmp_path):
