@@ -82,7 +82,7 @@ def command(main, args):
 # ---- flags and signals ----
 
 
-def number(text, words="lie between 0 and inf", kind=float, least=0, most=sys.float_info.max):
+def number(text, words="lie between 0 and 1e12", kind=float, least=0, most=1e12):
     """A type of flag for argparse: a finite number within bounds; words name them."""
     try:
         value = kind(text)

@@ -438,7 +438,7 @@ def log_record(run, done, facts):
         **facts,
         "w": net.w.item(),
         "b": net.b.item(),
-        **{f"tau_{name}": math.exp(-net.log_scale[name].item()) for name in net.losses},
+        **{f"tau_{name}": (-net.log_scale[name]).exp().item() for name in net.losses},
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": speed,
         "data_wait": waited / seconds,
