@@ -428,8 +428,9 @@ def check_shards(patterns, processes=1):
 
 def parse_args(argv=None):
     """The command line of check."""
-    form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     # What check did for labelled sets is elsewhere now; each mistake shows these lines.
     p.usage = """data.py check SHARD... [--workers N]
        (labelled sets have moved: python benchmarks.py check, or prepare-context)"""

@@ -419,11 +419,11 @@ def write_samples(path, images, masks, texts, norm):
     images: float [n, 3, h, w], norm: their mean and std. masks: [n, n, h, w], of image i and text
     j. texts: as decoded, captions between the tokenizer's marks. On the CPU.
     """
-    captions = [re.split("<.*?_text>", text)[1].strip() for text in texts]
+    texts = [text.split("<end_of_text>")[0].removeprefix("<start_of_text>") for text in texts]
     mean, std = np.reshape(norm, (2, 3, 1, 1))  # [3, 1, 1] each
     rows, titles, masks = [], [], masks.numpy()
     for i, image in enumerate((images.numpy() * std + mean).clip(0, 1)):
-        titles += ["image", f"+ {captions[i]}", f"- {captions[i - 1]}"]
+        titles += ["image", f"+ {texts[i].strip()}", f"- {texts[i - 1].strip()}"]
         shown = 255 * image, 255 * image * masks[i, i], 255 * image * masks[i, i - 1]
         # [h, w, 3]
         rows.append([fit(x.astype(np.uint8).transpose(1, 2, 0), 224) for x in shown])

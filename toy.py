@@ -472,7 +472,7 @@ def main(args):
     if args.pretrain:
         return pretrain(args.out, args.seed)
     try:
-        more = ABLATION if args.ablate == [] else args.ablate or ()
+        more = ABLATION if args.ablate == [] else dict.fromkeys(args.ablate or ())
         run(args.out, args.seed, [*ROWS, *more])
     finally:  # interrupted, or one of two has failed
         for program in RUNNING:

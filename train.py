@@ -95,8 +95,7 @@ def parse_args(argv=None):
     add("max-bad", "stop when a larger share of samples than this is unusable", 0.1, share)
     add("timeout", "seconds to wait for another rank in a step", 1800, count)
     add("device", "cuda, mps or cpu; default: the best there is")
-    kinds = ["auto", *evaluate.PRECISIONS]
-    add("precision", "auto: bf16 (or fp16) on CUDA, else fp32", "auto", choices=kinds)
+    add("precision", "auto: half on CUDA, or fp32", "auto", choices=["auto", *evaluate.PRECISIONS])
     p.add_argument("--compile", action="store_true", help="masks by torch.compile, for GPUs")
     args = p.parse_args(argv)
     if wrong := complaint(args):
@@ -116,7 +115,6 @@ def complaint(args):
         return f"--warmup-steps {args.warmup_steps} must lie between 0 and --steps {args.steps}"
     if args.min_lr > args.lr:
         return f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}"
-    return None
 
 
 # ---- what a run is made of ----
@@ -162,11 +160,17 @@ def set_precision(run):
 
 
 def compile_masks(run):
-    """net.mask_rows as few kernels, where a compiler is found; otherwise says what is missing."""
+    """net.mask_rows as few kernels where the device has a compiler, or a line that says why not.
+
+    Each size of a slice has kernels of its own: the backward pass has to compute it again by those
+    of the forward pass. They are made in the first step.
+    """
     try:
         torch.compile(torch.sin)(torch.zeros(9, device=run.device))
-        run.net.mask_rows = torch.compile(run.net.mask_rows)
-    except Exception as error:  # each backend has its own; it names the C compiler
+        run.net.mask_rows = torch.compile(run.net.mask_rows, dynamic=False)
+    except Exception as error:  # each compiler has its own
+        run.flags["compile"] = False
+        error = getattr(error, "inner_exception", error)
         benchmarks.note(f"note: --compile is off: {files.first_line(error)}")
 
 
@@ -366,8 +370,9 @@ def begin_logs(run):
     lines = log.read_text(errors="replace").splitlines()
     kept = [line for line in lines if report.log_step(line) <= until['"miou"' in line]]
     files.write_text(log, "\n".join([*kept, ""]))
-    packages = "torch torchvision open_clip_torch numpy pillow".split()
-    facts = run.flags | {name: version(name) for name in packages}
+    facts = run.flags | {
+        name: version(name) for name in "torch torchvision open_clip_torch numpy pillow".split()
+    }
     facts |= {"pairs": len(run.pairs), "python": platform.python_version()}
     files.write_text(run.out / "config.json", json.dumps(facts, indent=1))
     print(
@@ -487,7 +492,7 @@ def draw_samples(run):
     with run.autocast:
         t = run.net.encode_text(tokens.to(run.device))  # [4, C]
         masks = run.net.segment(images.to(run.device), t, kp_weight=0).cpu()  # [4, 4, h, w]
-    texts = [run.tokenizer.decode(row) for row in tokens.tolist()]
+    texts = map(run.tokenizer.decode, tokens.tolist())
     report.write_samples(run.out / "samples.png", images, masks, texts, run.net.recipe.norm)
 
 
@@ -637,10 +642,7 @@ def run_rank(args):
     except RuntimeError as error:
         words, text = files.first_line(error), str(error).lower()
         if "dataloader worker" in text:
-            words = (
-                f"a loader process was killed; try fewer --workers, in Docker a larger --shm-size"
-                f" ({words})"
-            )
+            words = f"a loader process was killed; try fewer --workers, more --shm-size ({words})"
         elif dist.is_initialized() and re.search("gloo|nccl|timed out|connection", text):
             what = "broke off: another rank has failed or was killed"
             if "timed out" in text:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageColor, ImageDraw
 from tiny import check_refused, make_set, run
 
@@ -155,6 +156,21 @@ def test_an_average_needs_every_set_and_a_number_for_each():
         results_of(["voc"])
     )
     assert "the paper's figures" not in report.markdown(results_of([], mine=OWN))
+
+
+def test_training_pairs_stand_in_their_own_colours_under_both_masks(tmp_path, texts):
+    norm = (0.5, 0.25, 0.0), (0.5, 0.25, 0.125)  # mean and std
+    images = torch.stack([torch.full((3, 8, 8), 1.0), torch.full((3, 8, 8), 5.0)])
+    masks = torch.tensor([[1.0, 0.5], [0.25, 0.0]])[:, :, None, None].expand(-1, -1, 8, 8)
+    decoded = "<start_of_text>a <b> kite <end_of_text>!!", "<start_of_text>dogs <end_of_text>"
+    report.write_samples(tmp_path / "samples.png", images, masks, decoded, norm)
+    assert [text for text, _ in texts] == "image,+ a <b> kite,- dogs".split(",") + [
+        *("image", "+ dogs", "- a <b> kite")
+    ]
+    with Image.open(tmp_path / "samples.png") as sheet:
+        seen = [[sheet.getpixel((100 + 232 * k, y)) for k in range(3)] for y in (100, 350)]
+    assert seen[0] == [(255, 127, 31), (255, 127, 31), (127, 63, 15)]
+    assert seen[1] == [(255, 255, 159), (0, 0, 0), (63, 63, 39)]  # no colour is brighter than white
 
 
 def test_a_partial_set_is_marked_wherever_its_number_stands(texts):

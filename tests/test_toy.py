@@ -140,6 +140,14 @@ def test_rows_are_trained_and_evaluated_through_the_command_lines(tmp_path, monk
     assert trained.sweep_threshold and not trained.pamr
 
 
+def test_ablate_takes_all_rows_or_those_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(toy, "run", lambda out, seed, rows: seen.append(rows))
+    for flags in [], ["--ablate"], ["--ablate", "CL", "GCL_v", "CL"]:
+        toy.main(toy.parse_args(flags))
+    assert seen == [[*toy.ROWS], [*toy.ROWS, *toy.ABLATION], [*toy.ROWS, "CL", "GCL_v"]]
+
+
 def test_a_failing_program_ends_the_toy_with_one_line():
     with pytest.raises(files.InputError, match="evaluate.py ended with code 2"):
         toy.call("evaluate.py", "--method", "maskclip")

@@ -4,7 +4,6 @@ train.py as called.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -1146,9 +1145,15 @@ def test_bf16_autocast_stays_close_to_float32(world):
 
 def test_compiled_masks_are_the_plain_ones(world, tmp_path, monkeypatch):
     """torch.compile's capture of the whole function, forward and backward; what a backend makes of
-    it is that backend's.
+    it is that backend's. Of each size of a slice on its own: a graph for any size keeps other
+    tensors, and a checkpointed part would not be computed again by the graph of its forward pass.
     """
-    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    compile, dynamic = torch.compile, []
+
+    def whole(function, **how):
+        dynamic.append(how.get("dynamic"))
+        return compile(function, backend="aot_eager", fullgraph=True, **how)
+
     monkeypatch.setattr(torch, "compile", whole)
     args = [*world[1], *CPU, "--batch-size", "6", "--out", str(tmp_path)]
     found = {}
@@ -1165,17 +1170,27 @@ def test_compiled_masks_are_the_plain_ones(world, tmp_path, monkeypatch):
         found[len(flags)] = torch.stack([*losses.values(), norm]).detach()
     for count in 1, 3:
         assert_close(found[count], found[0], rtol=1e-10, atol=1e-12)
+    assert dynamic == [None, False] * 2  # of the trial, of the masks
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(world, tmp_path, monkeypatch, capsys):
-    def compile(_):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC.")
+    def first_call(x):
+        assert x.device == torch.device("cpu")
+        error = RuntimeError("backend='inductor' raised:\nNo working C++ compiler")
+        error.inner_exception = RuntimeError("No working C++ compiler found.\nSee CXX.")
+        raise error
 
-    monkeypatch.setattr(torch, "compile", compile)
-    args = [*world[1], *CPU, "--batch-size", "6", "--compile", "--out", str(tmp_path)]
+    monkeypatch.setattr(torch, "compile", lambda _: first_call)
+    args = [*world[1], *SHORT, *CPU, "--compile", "--out", str(tmp_path)]
     run = train.start_run(train.parse_args(args))
-    assert "note: --compile is off: Failed to find C compiler.\n" in capsys.readouterr().err
+    assert "note: --compile is off: No working C++ compiler found.\n" in capsys.readouterr().err
     assert run.net.mask_rows.__func__ is gcl.GCL.mask_rows
+    train.restore(run)
+    train.save(run, 3)
+    assert read(tmp_path / "last.pt")["args"]["compile"] is False
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    train.restore(train.start_run(train.parse_args(args)))
+    assert "note: --compile False is True now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -1205,6 +1220,7 @@ def test_other_rows_and_recipes_run(world, tmp_path, extra):
         (["--seed", "-1"], "1", "--seed: must be a whole number, at least 0"),
         (["--lambda-area", "nan"], "1", "--lambda-area: must lie between 0 and 1e12, not 'nan'"),
         (["--lambda-tv", "-1"], "1", "--lambda-tv: must lie between 0 and 1e12"),
+        (["--lr", "1.1e12"], "1", "--lr: must lie between 0 and 1e12, not '1.1e12'"),
         (["--lr", "inf"], "1", "--lr: must lie between 0 and 1e12, not 'inf'"),
         (["--steps", "1" + "0" * 20], "1", "--steps: must be a whole number"),
         ([], "0", "start several ranks by torchrun"),
