@@ -241,7 +241,10 @@ class GCL(nn.Module):
             rows["tv_dense"] = ops.total_variation(dense)  # [b, C]
             if "cl" in self.losses:  # row CL of Table 2a, the same with a mask of ones
                 rows["cl"] = normalize(dense.mean((2, 3))) @ t.T  # S of Eq. (1), [b, N]
-            pos_mask = self.mask_logits(v_n, own.unsqueeze(1))  # line 13, [b, 1, H, W]
+            # A sum, as in line 21: a product's backward pass would have an inner size of 1, and for
+            # that CUDA wants a C compiler (torch 2.14).
+            cosine = (v_n * own[..., None, None]).sum(1, keepdim=True)  # [b, 1, H, W]
+            pos_mask = self.w * cosine + self.b  # line 13, [b, 1, H, W]
         if "gcl_v" in self.losses:
             pos_mask_b = ops.gumbel_sigmoid(pos_mask, noise)  # line 14, [b, 1, H, W]
             # Paper silent: nearest; where the mask is 0, the mean colour (0 after normalisation).
@@ -260,11 +263,11 @@ class GCL(nn.Module):
         rows = {"areas": mask.mean((2, 3)), "tv_mask": ops.total_variation(mask)}
         if "gcl_f" in self.losses:
             v_f = normalize(ops.masked_pool(dense, mask))  # lines 19-20, [b, n, C]
-            rows["gcl_f"] = torch.einsum("bnc,nc->bn", v_f, t)  # line 21, S^f of Eq. (9), [b, n]
+            rows["gcl_f"] = (v_f * t).sum(-1)  # [b, n, C] -> [b, n], line 21, S^f of Eq. (9)
         return rows
 
     def mask_logits(self, v_n, t):
-        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C] or [B, N, C],
+        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C],
         L2-normalised."""
         t = (self.w * t).expand(len(v_n), -1, -1)  # [B, N, C]: fewer numbers than masks have
         return torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]

@@ -127,9 +127,8 @@ def area_prior(areas, p_pos=0.4, p_neg=0.0, per_rank=False):
     # The absolute value is of the expectation, so the mean over ranks comes first: |E| is not E| |.
     means = pair_areas(areas).unsqueeze(0)  # [1, 2]
     mean_pos, mean_neg = (means if per_rank else gather(means)).mean(0)  # [ranks, 2] -> 2 scalars
-    if areas.shape[1] == 1:
-        return (p_pos - mean_pos).abs(), mean_neg * 0
-    return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs()  # Eq. (10)
+    any_negative = areas.shape[1] > 1
+    return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs() * any_negative  # Eq. (10)
 
 
 def total_variation(x):
@@ -141,7 +140,7 @@ def total_variation(x):
     """
     if min(x.shape[-2:]) < 2:
         raise ValueError(f"a map of {x.shape[-2]} x {x.shape[-1]} has no neighbours along one axis")
-    rows, columns = x.diff(dim=-2), x.diff(dim=-1)  # [..., H-1, W], [..., H, W-1]
-    sums = [torch.linalg.vector_norm(d, ord=1, dim=(-2, -1)) for d in (rows, columns)]  # each [...]
+    # Sums of |differences| down the columns [..., H-1, W] and along the rows [..., H, W-1]: [...].
+    down, along = (torch.linalg.vector_norm(x.diff(dim=axis), 1, (-2, -1)) for axis in (-2, -1))
     height, width = x.shape[-2:]
-    return sums[0] / ((height - 1) * width) + sums[1] / (height * (width - 1))  # Eq. (11)
+    return down / ((height - 1) * width) + along / (height * (width - 1))  # Eq. (11)

@@ -792,7 +792,8 @@ def layer_norm_of_cuda(x, *args, norm=F.layer_norm):
 
 class RefuseMixedTypes(TorchDispatchMode):
     """What CUDA refuses and CPUs take, forward and backward, as the operators get it once autocast
-    has done its part: two float types in one product, convolution or norm.
+    has done its part: two float types in one product, convolution or norm, and (torch 2.14, without
+    a C compiler) batched products of inner size 1.
     """
 
     NAMES = "native_layer_norm native_batch_norm convolution mm addmm bmm baddbmm dot mv".split()
@@ -809,6 +810,7 @@ class RefuseMixedTypes(TorchDispatchMode):
             own = args[:3] if "attention" in name else own
             kinds = {x.dtype for x in own if torch.is_tensor(x) and x.is_floating_point()}
             assert len(kinds) == 1, (name, kinds)
+            assert name != "bmm" or args[0].shape[2] > 1, "an outer product"
             self.seen |= {(name, *kinds)}
         return function(*args, **(kwargs or {}))
 
@@ -837,9 +839,37 @@ def test_a_step_and_a_segmentation_under_autocast_hold_no_mixed_types(
     for function, pair in ((F.conv2d, mixed), (torch.mm, (mixed[0][0, 0], torch.zeros(5, 5)))):
         with RefuseMixedTypes(), pytest.raises(AssertionError, match="conv|mm"):
             function(*pair)
+    with RefuseMixedTypes(), pytest.raises(AssertionError, match="an outer product"):
+        torch.bmm(torch.ones(2, 3, 1), torch.ones(2, 1, 4))
     x, weight = torch.zeros(2, 5, dtype=dtype), torch.ones(5)
     with RefuseMixedTypes(), pytest.raises(AssertionError, match="native_layer_norm"):
         F.layer_norm(x, (5,), weight)
+
+
+class Layouts(TorchDispatchMode):
+    """Whether the maps that go into 3x3 convolutions lie channels last, by pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = {"convolution": [], "convolution_backward": []}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        if name in self.last and args[2 if "backward" in name else 1].shape[-1] == 3:
+            maps = args[: 2 if "backward" in name else 1]  # gradient and input, or input
+            layout = torch.channels_last
+            self.last[name] += [x.is_contiguous(memory_format=layout) for x in maps]
+        return function(*args, **(kwargs or {}))
+
+
+def test_every_pass_through_the_adapter_is_channels_last(tmp_path):
+    """As the library's tensor core kernels want them: nothing is transposed in between."""
+    net, (images, tokens) = make_net(tmp_path), make_batch()
+    with Layouts() as mode:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = gcl.total_loss(net(images, tokens))
+        total.backward()
+    assert mode.last == {"convolution": [True] * 4, "convolution_backward": [True] * 8}
 
 
 def test_double_precision_gives_the_same_losses_and_masks(tmp_path):
