@@ -700,7 +700,7 @@ def main(args):
     """One command; returns the exit code."""
     if args.command == "prepare-context":
         return prepare_context(args.data_root, args.mat, args.workers)
-    return check_sets(args.datasets or list(BENCHMARKS), args.data_root, args.workers)
+    return check_sets(args.datasets or BENCHMARKS, args.data_root, args.workers)
 
 
 if __name__ == "__main__":

@@ -468,8 +468,7 @@ def load_model(args, device):
         net = gcl.load(args.checkpoint, args.model, args.pretrained, device)
     else:
         model, pretrained = args.model or "ViT-B-16-quickgelu", args.pretrained or "openai"
-        clip, _ = gcl.load_clip(model, pretrained, device)
-        net = gcl.GCL(clip)
+        net = gcl.GCL(gcl.load_clip(model, pretrained, device)[0])
     if device.type == "cpu":
         winograd.use(net)  # the same convolutions, in fewer products
     return net, backbone.tokenizer_of(net.clip)

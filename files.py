@@ -226,9 +226,10 @@ def save_png(path, picture):
 
 def start_worker():
     """In a pool's new process: it ends with the one that started it, however that ended."""
-    ignore_signals()  # they reach all; the first process ends the others
+    ignore_signals()  # they may reach all; the first process ends the others, by SIGTERM
     wait = multiprocessing.parent_process().join
     threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no temporary file is left so
 
 
 def in_parallel(function, items, processes, what):
@@ -245,5 +246,9 @@ def in_parallel(function, items, processes, what):
     finally:
         # Shut down first: to a pool that is not, killed processes are an error of its own thread.
         pool.shutdown(wait=False, cancel_futures=True)
+        # A program has one pool at a time. Each of its items in hand is told to end, and those that
+        # wait behind it.
         for process in multiprocessing.active_children():
-            process.kill()  # at once, as an item may take minutes; a program has one pool at a time
+            for _ in range(99):
+                process.terminate()
+                process.join(0.2)

@@ -55,8 +55,9 @@ def positives(rows):
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
     n_images, n_texts = rows.shape[:2]
     if n_texts != n_images * ranks:
-        needed = f"{n_images} images on each of {ranks} ranks need {n_images * ranks} texts"
-        raise ValueError(f"{needed}, got {n_texts}")
+        raise ValueError(
+            f"{n_images} images x {ranks} ranks need {n_images * ranks} texts, got {n_texts}"
+        )
     return torch.arange(n_images, device=rows.device) + rank * n_images  # [B]
 
 
@@ -101,7 +102,7 @@ def masked_pool(dense, masks):
     dense: [B, C, H, W]. masks: [B, N, H, W] in [0, 1]. Returns [B, N, C].
     """
     total = torch.einsum("bchw,bnhw->bnc", dense, masks)  # [B, N, C]
-    return total / (masks.sum((2, 3)).unsqueeze(-1) + EPS)  # Eq. (8), [B, N, C]
+    return total / (masks.sum((2, 3))[..., None] + EPS)  # Eq. (8), [B, N, C]
 
 
 def pair_areas(areas):

@@ -366,7 +366,7 @@ def begin_logs(run):
     log = run.out / "log.jsonl"
     log.touch()
     # An evaluation that the checkpoint does not know is made again.
-    until = {True: run.progress["evaluated"], False: run.start}
+    until = run.start, run.progress["evaluated"]  # of steps, of evaluations
     lines = log.read_text(errors="replace").splitlines()
     kept = [line for line in lines if report.log_step(line) <= until['"miou"' in line]]
     files.write_text(log, "\n".join([*kept, ""]))
@@ -408,8 +408,8 @@ def train_step(run, batch, bad):
     names = [*losses, "grad_norm", "mean_area_pos", "mean_area_neg"]
     means = torch.stack([*losses.values(), norm, *run.net.mask_areas]).detach().float()  # [names]
     counts = torch.cat([torch.tensor([len(run.signals)]), bad.sum(0)])  # [1 + reasons]
-    counts = counts.to(means, non_blocking=True)  # or the CPU would wait here too
-    values = torch.cat([means / run.ranks, counts])
+    # Without non_blocking the CPU would wait here too.
+    values = torch.cat([means / run.ranks, counts.to(means, non_blocking=True)])
     if run.ranks > 1:
         dist.all_reduce(values)
     values = values.tolist()  # the one place of a step where the CPU waits for the GPU

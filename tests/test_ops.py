@@ -92,7 +92,7 @@ def test_positives_are_the_diagonal_of_one_rank():
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2), (3, 6)])
 def test_positives_refuses_a_batch_without_one_text_per_image(shape):
     with pytest.raises(
-        ValueError, match=f"{shape[0]} images on each of 1 ranks need 3 texts, got {shape[1]}"
+        ValueError, match=f"{shape[0]} images x 1 ranks need 3 texts, got {shape[1]}"
     ):
         ops.positives(torch.zeros(shape))
 
