@@ -208,6 +208,12 @@ def test_area_prior_of_a_single_pair_has_no_negatives():
     assert_close(masks.grad, torch.full((1, 1, 2, 2), 0.25))
 
 
+def test_area_prior_of_one_image_a_rank_has_the_other_ranks_texts(monkeypatch):
+    monkeypatch.setattr(ops, "positives", lambda _: torch.tensor([1]))
+    pos, neg = ops.area_prior(torch.tensor([[0.1, 0.3, 0.4]]))
+    assert_close(torch.stack([pos, neg]), [0.1, 0.25])
+
+
 # ---- total variation
 
 
