@@ -622,12 +622,11 @@ def read_mat(path):
         ) from error
 
 
-def context_label(paths):
-    """One (.mat, .png): the 459 classes become 60."""
-    mat, png = paths
-    label = Image.fromarray(read_mat(mat))
+def context_label(path):
+    """The bytes of a PNG for one .mat: the 459 classes become 60."""
+    label = Image.fromarray(read_mat(path))
     label.putpalette(sum(BENCHMARKS["context"].palette, []))
-    files.save_png(png, label)
+    return files.png_bytes(label)
 
 
 def context_val_ids(root):
@@ -655,9 +654,12 @@ def prepare_context(data_root, mats=None, workers=1):
     root = Path(data_root, bench.root)
     mats, listed = Path(mats or root / "trainval"), root / bench.ids
     ids = context_val_ids(root)
-    pairs = [(mats / f"{i}.mat", root / CONTEXT_LABEL.replace("{id}", i)) for i in ids]
-    todo = [pair for pair in pairs if not pair[1].is_file()]
-    list(files.in_parallel(context_label, todo, workers, "PASCAL Context"))
+    pngs = [root / CONTEXT_LABEL.replace("{id}", i) for i in ids]
+    todo = [png for png in pngs if not png.is_file()]
+    read = [mats / f"{png.stem}.mat" for png in todo]
+    labels = files.in_parallel(context_label, read, workers, "PASCAL Context")
+    for png, content in zip(todo, labels, strict=True):
+        files.write_bytes(png, content)
     if not listed.is_file():  # last: what it lists is there
         files.write_text(listed, "\n".join(ids) + "\n")
     print(

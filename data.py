@@ -25,7 +25,6 @@ import re
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +203,7 @@ def index_shards(shards, folder=None):
         if (index := open_index(path)) is None:
             index = scan_shards(shards)
             content = hashlib.sha256(index).digest() + index.tobytes()
-            files.write_whole(path, lambda temporary: temporary.write_bytes(content))
+            files.write_bytes(path, content)
             index = open_index(path)
     return index
 
@@ -405,7 +404,7 @@ def check_shard(path):
 
 def check_shards(patterns, processes=1):
     """Reads and decodes every pair, prints what is there and what is wrong; 1 if anything is."""
-    shards, start = expand_shards(patterns), time.perf_counter()
+    shards = expand_shards(patterns)
     checked = files.in_parallel(check_shard, shards, min(len(shards), processes), "checking shards")
     counts, faults = zip(*checked, strict=True)
     pairs, half, double, _ = np.sum(counts, axis=0, dtype=np.int64)
@@ -419,7 +418,6 @@ def check_shards(patterns, processes=1):
     }
     for what, (n, remark) in lines.items():
         print(f"{what:<20}{n:>12,}  {remark}".rstrip())
-    print(f"{pairs / (time.perf_counter() - start):,.0f} pairs per second")
     return int(bool(wrong) or half + double > 0)
 
 

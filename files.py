@@ -211,14 +211,25 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path, content):
+    """Whole or not at all."""
+    write_whole(path, lambda file: file.write_bytes(content))
+
+
 def write_text(path, text):
     """UTF-8, whole or not at all."""
-    write_whole(path, lambda file: file.write_text(text, "utf-8", "backslashreplace"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def png_bytes(picture):
+    """A PIL picture as the bytes of a PNG."""
+    picture.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
 
 
 def save_png(path, picture):
     """A PIL picture as PNG, whole or not at all."""
-    write_whole(path, lambda file: picture.save(file, "PNG"))
+    write_bytes(path, png_bytes(picture))
 
 
 # ---- many at a time ----
@@ -226,14 +237,16 @@ def save_png(path, picture):
 
 def start_worker():
     """In a pool's new process: it ends with the one that started it, however that ended."""
-    ignore_signals()  # they may reach all; the first process ends the others, by SIGTERM
+    ignore_signals()  # they may reach all; the first process ends the others
     wait = multiprocessing.parent_process().join
     threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no temporary file is left so
 
 
 def in_parallel(function, items, processes, what):
-    """Yields function(item) of all items in order, from a pool if processes > 1, under a bar."""
+    """Yields function(item) of all items in order, from a pool if processes > 1, under a bar.
+
+    function writes no file: it may be killed at any line.
+    """
     # Unlike multiprocessing.Pool it notices when a process was killed; it starts them in map().
     pool = ProcessPoolExecutor(processes or 1, initializer=start_worker)
     try:
@@ -246,9 +259,5 @@ def in_parallel(function, items, processes, what):
     finally:
         # Shut down first: to a pool that is not, killed processes are an error of its own thread.
         pool.shutdown(wait=False, cancel_futures=True)
-        # A program has one pool at a time. Each of its items in hand is told to end, and those that
-        # wait behind it.
         for process in multiprocessing.active_children():
-            for _ in range(99):
-                process.terminate()
-                process.join(0.2)
+            process.kill()  # at once, as an item may take minutes; a program has one pool at a time

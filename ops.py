@@ -122,14 +122,13 @@ def area_prior(areas, p_pos=0.4, p_neg=0.0, per_rank=False):
     """The two terms of the area prior over the global batch: (positive, negative), two scalars.
 
     areas: [B, N] in [0, 1], the mean over H, W of the mask of local image i and text j. A global
-    batch of one pair has no negatives: its second term is 0.
+    batch of one pair has no negatives: their mean area is taken for 0.
     per_rank: Release differs: the absolute value is of each rank's own mean.
     """
     # The absolute value is of the expectation, so the mean over ranks comes first: |E| is not E| |.
     means = pair_areas(areas).unsqueeze(0)  # [1, 2]
     mean_pos, mean_neg = (means if per_rank else gather(means)).mean(0)  # [ranks, 2] -> 2 scalars
-    any_negative = areas.shape[1] > 1
-    return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs() * any_negative  # Eq. (10)
+    return (p_pos - mean_pos).abs(), (p_neg - mean_neg).abs()  # Eq. (10)
 
 
 def total_variation(x):

@@ -359,7 +359,7 @@ def write_confusion(folder, name, matrix, classes):
     and accuracy of every class in percent, empty for one that does not occur."""
     path, stream, text = f"{folder}/{name}", io.BytesIO(), io.StringIO()
     np.save(stream, matrix)
-    files.write_whole(f"{path}.confusion.npy", lambda file: file.write_bytes(stream.getvalue()))
+    files.write_bytes(f"{path}.confusion.npy", stream.getvalue())
     files.save_png(f"{path}.confusion.png", draw_confusion(matrix, classes))
     hit, label = matrix.diagonal(), matrix.sum(1)
     whole = np.stack([label + matrix.sum(0) - hit, label])  # [2, n]

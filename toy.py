@@ -196,29 +196,27 @@ def caption(label, rng):
 
 
 def draw_shard(job):
-    """(path, seed, first index): writes 1,000 pairs as img2dataset does, always the same bytes."""
+    """(path, seed, first index) -> {path: 1,000 pairs as img2dataset writes them}, always the same
+    bytes."""
     path, seed, first = job
-
-    def write(file):
-        """The tar, picture by picture."""
-        with tarfile.open(file, "w") as tar:
-            for i in range(first, first + PER_SHARD):
-                rng = np.random.default_rng((seed, 0, i))  # by index: whoever draws it
-                image, label = scene(rng)
-                picture = io.BytesIO()
-                Image.fromarray(image).save(picture, "PNG", compress_level=1)
-                contents = {"png": picture.getvalue(), "txt": caption(label, rng).encode()}
-                for suffix, content in contents.items():
-                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-
-    files.write_whole(path, write)
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as tar:
+        for i in range(first, first + PER_SHARD):
+            rng = np.random.default_rng((seed, 0, i))  # by index: whoever draws it
+            image, label = scene(rng)
+            picture = files.png_bytes(Image.fromarray(image))
+            contents = {"png": picture, "txt": caption(label, rng).encode()}
+            for suffix, content in contents.items():
+                member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return {path: shard.getvalue()}
 
 
 def draw_set(job):
-    """(folder, seed, number of the set): writes 400 pictures, their labels and a SPEC.json."""
-    folder, seed, number = job
+    """(folder, seed, number of the set) -> {path: content} of 400 pictures, their labels and a
+    SPEC.json."""
+    (folder, seed, number), found = job, {}
     background = folder.name == "background"
     classes = ["background", *OBJECTS] if background else CLASSES
     palette = [ImageColor.getrgb(colour) for colour in PALETTE[not background :][: len(classes)]]
@@ -228,8 +226,8 @@ def draw_set(job):
             label = np.where(label < len(OBJECTS), label + 1, 0).astype(np.uint8)
         label = Image.fromarray(label)
         label.putpalette(np.ravel(palette).tolist())
-        files.save_png(folder / f"images/{i:03d}.png", Image.fromarray(image))
-        files.save_png(folder / f"labels/{i:03d}.png", label)
+        found[folder / f"images/{i:03d}.png"] = files.png_bytes(Image.fromarray(image))
+        found[folder / f"labels/{i:03d}.png"] = files.png_bytes(label)
     spec = dict(
         name=folder.name,
         images="images",
@@ -239,7 +237,7 @@ def draw_set(job):
         background=background,
         palette=palette,
     )
-    files.write_text(folder / "SPEC.json", json.dumps(spec))
+    return found | {folder / "SPEC.json": json.dumps(spec).encode()}
 
 
 def shards_of(out):
@@ -252,7 +250,14 @@ def draw_world(out, seed):
     sets = [(out / "data" / name, seed, k) for k, name in enumerate(SETS, 1)]
     shards = [(path, seed, n * PER_SHARD) for n, path in enumerate(shards_of(out))]
     for function, jobs in (draw_set, sets), (draw_shard, shards):
-        list(files.in_parallel(function, jobs, CORES, "drawing"))
+        for drawn in files.in_parallel(function, jobs, CORES, "drawing"):
+            write(drawn)
+
+
+def write(drawn):
+    """{path: content} to the disk; a pool's process, which may be killed, writes nothing."""
+    for path, content in drawn.items():
+        files.write_bytes(path, content)
 
 
 CONFIG = """{"embed_dim": 128, "quick_gelu": true,

@@ -693,7 +693,6 @@ def test_a_check_decodes_everything_and_says_what_is_wrong(tmp_path, capsys):
         r"bad: caption +1 .*good/bad.tar: c.jpg \(an empty",
         r"cut off shards +1 .*cut.tar",
         r"unreadable shards +1 .*no.tar: not a tar",
-        r"[\d,]+ pairs per second",
     ):
         assert re.search("^" + line, out, re.M), (line, out)
 

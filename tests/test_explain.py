@@ -22,7 +22,7 @@ def explained(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "PER_SHARD", 60)
-        toy.draw_shard((out / "data/train-000.tar", 5, 0))
+        toy.write(toy.draw_shard((out / "data/train-000.tar", 5, 0)))
     files.write_text(out / "clip/toy-clip.json", toy.CONFIG)
     torch.manual_seed(1)
     clip, _ = gcl.load_clip(str(out / "clip/toy-clip.json"), None)

@@ -325,15 +325,12 @@ def wait(folder):
     Path(folder, str(os.getpid())).touch()
     time.sleep(600)
 
-def write(folder):
-    files.write_whole(Path(folder, "a.txt"), lambda path: (path.touch(), wait(folder)))
-
 def main(folder):
     what = Path(folder).name
     if what == "pool":
-        list(files.in_parallel(write, [folder] * 4, 2, "hanging"))
+        list(files.in_parallel(wait, [folder] * 4, 2, "hanging"))
     if what == "write":
-        write(folder)
+        files.write_whole(Path(folder, "a.txt"), lambda path: (path.touch(), wait(folder)))
     if what == "words":
         print("caf\\u00e9 \\u732b \\udcff", files.printable("\\x1b[31m\\n\\u732b"))
         raise files.InputError("no \\u732b\\x1b[2J\\udcff here:\\n       one\\n       two")
@@ -380,7 +377,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks i
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("group", [False, True], ids=["the process", "its group"])
-def test_an_interrupted_pool_leaves_no_process_and_no_file(tmp_path, number, group):
+def test_an_interrupted_pool_leaves_no_process(tmp_path, number, group):
     process = start(tmp_path / "pool")
     workers = running(process, tmp_path / "pool", 2)
     (os.killpg if group else os.kill)(process.pid, number)
@@ -390,7 +387,6 @@ def test_an_interrupted_pool_leaves_no_process_and_no_file(tmp_path, number, gro
     assert (out, err) == (b"", b"" if killed else b"interrupted\n")
     while alive(workers):  # without an end where one of them stays
         time.sleep(0.02)
-    assert killed or not list((tmp_path / "pool").glob("*.tmp"))
 
 
 @linux

@@ -202,7 +202,7 @@ def test_area_prior_tells_pairs_by_index_not_by_value():
 
 def test_area_prior_of_a_single_pair_has_no_negatives():
     masks = torch.full((1, 1, 2, 2), 0.9, requires_grad=True)
-    pos, neg = ops.area_prior(masks.mean((2, 3)), p_neg=0.7)
+    pos, neg = ops.area_prior(masks.mean((2, 3)))
     (pos + neg).backward()
     assert_close(torch.stack([pos, neg]), [0.5, 0.0])
     assert_close(masks.grad, torch.full((1, 1, 2, 2), 0.25))

@@ -29,9 +29,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "PER_SHARD", 60)
         patch.setattr(toy, "HELD_OUT", 40)
-        toy.draw_shard((out / "data/train-000.tar", 5, 0))
+        toy.write(toy.draw_shard((out / "data/train-000.tar", 5, 0)))
         for number, name in enumerate(toy.SETS, 1):
-            toy.draw_set((out / "data" / name, 5, number))
+            toy.write(toy.draw_set((out / "data" / name, 5, number)))
     return out
 
 
@@ -50,12 +50,11 @@ def test_the_shards_hold_what_was_drawn(world):
         assert np.array_equal(np.array(image), expected) and caption == words.strip()
 
 
-def test_a_seed_draws_the_same_bytes_and_another_seed_others(world, tmp_path, monkeypatch):
+def test_a_seed_draws_the_same_bytes_and_another_seed_others(world, monkeypatch):
     monkeypatch.setattr(toy, "PER_SHARD", 60)
-    toy.draw_shard((tmp_path / "again.tar", 5, 0))
-    toy.draw_shard((tmp_path / "other.tar", 6, 0))
-    first = (world / "data/train-000.tar").read_bytes()
-    assert (tmp_path / "again.tar").read_bytes() == first != (tmp_path / "other.tar").read_bytes()
+    path = world / "data/train-000.tar"
+    again, other = (toy.draw_shard((path, seed, 0)) for seed in (5, 6))
+    assert again == {path: path.read_bytes()} != other and other.keys() == {path}
 
 
 def test_captions_name_only_what_is_seen():
