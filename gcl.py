@@ -8,9 +8,9 @@
     masks = net.segment(images, text)          # [B, K, h, w] in [0, 1]
 
 Figures 2 and 3. Legend for every shape: B local images, N texts of the global batch, K classes,
-C embedding size, D width of the ViT, L patches, H W mask grid, h w pixels. The paper's letters: t
-text embeddings, v_d dense CLIP features, v_s the adapter's dense embedding. Needs ops.py,
-adapter.py, backbone.py, release.py and files.py beside it, torch and open_clip.
+C embedding size, D width of the ViT, L patches, H W their grid (the masks' is 4H 4W), h w pixels.
+The paper's letters: t text embeddings, v_d dense CLIP features, v_s the adapter's dense embedding.
+Needs ops.py, adapter.py, backbone.py, release.py and files.py beside it, torch and open_clip.
 
 >>> vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2}
 >>> text = {"width": 64, "heads": 1, "layers": 1}
@@ -233,7 +233,7 @@ class GCL(nn.Module):
         """
         grid = backbone.patch_grid(images, self.patch)
         v_d = backbone.dense_features(self.last_block, x, grid)  # line 9, [b, D, H, W]
-        v_s = full(self.dense_embedding(v_d))  # line 10, [b, C, H, W]
+        v_s = full(self.dense_embedding(v_d))  # line 10, [b, C, 4H, 4W]
         with torch.autocast(images.device.type, enabled=False):
             v_n = normalize(v_s, dim=1)
             dense = v_n if self.recipe.normalize_dense else v_s
@@ -243,10 +243,10 @@ class GCL(nn.Module):
                 rows["cl"] = normalize(dense.mean((2, 3))) @ t.T  # S of Eq. (1), [b, N]
             # A sum, as in line 21: a product's backward pass would have an inner size of 1, and for
             # that CUDA wants a C compiler (torch 2.14).
-            cosine = (v_n * own[..., None, None]).sum(1, keepdim=True)  # [b, 1, H, W]
-            pos_mask = self.w * cosine + self.b  # line 13, [b, 1, H, W]
+            cosine = (v_n * own[..., None, None]).sum(1, keepdim=True)  # [b, 1, 4H, 4W]
+            pos_mask = self.w * cosine + self.b  # line 13, [b, 1, 4H, 4W]
         if "gcl_v" in self.losses:
-            pos_mask_b = ops.gumbel_sigmoid(pos_mask, noise)  # line 14, [b, 1, H, W]
+            pos_mask_b = ops.gumbel_sigmoid(pos_mask, noise)  # line 14, [b, 1, 4H, 4W]
             # Paper silent: nearest; where the mask is 0, the mean colour (0 after normalisation).
             pos_mask_b = F.interpolate(pos_mask_b, size=images.shape[-2:], mode="nearest")
             masked = pos_mask_b * images  # [b, 3, h, w]
@@ -259,7 +259,7 @@ class GCL(nn.Module):
         S^f[i, j] is the cosine of t_j and image i pooled over the mask of text j. Fig. 3 line 21
         writes "ijc,ic", which is not the text's t_j; the text is right, and the release has it.
         """
-        mask = torch.sigmoid(self.mask_logits(v_n, t))  # line 11, [b, n, H, W]
+        mask = torch.sigmoid(self.mask_logits(v_n, t))  # line 11, [b, n, 4H, 4W]
         rows = {"areas": mask.mean((2, 3)), "tv_mask": ops.total_variation(mask)}
         if "gcl_f" in self.losses:
             v_f = normalize(ops.masked_pool(dense, mask))  # lines 19-20, [b, n, C]
@@ -267,10 +267,10 @@ class GCL(nn.Module):
         return rows
 
     def mask_logits(self, v_n, t):
-        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, H, W], t: [N, C],
+        """w * t_j . v_s + b, masks before their sigmoid. v_n: [B, C, 4H, 4W], t: [N, C],
         L2-normalised."""
         t = (self.w * t).expand(len(v_n), -1, -1)  # [B, N, C]: fewer numbers than masks have
-        return torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, H, W]
+        return torch.einsum("bchw,bnc->bnhw", v_n, t) + self.b  # Eq. (5), [B, N, 4H, 4W]
 
     # ---- inference ----
 
